@@ -1,0 +1,36 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup tutorial test lab notebooks check lock badges
+PYTHON := .venv/bin/python
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
+
+setup:
+	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 to 3.13" \
+		"(Debian, Ubuntu: sudo apt install python3 python3-venv; macOS: brew install python@3.13)" >&2; exit 1; }
+	@python3 tools/setup.py
+
+tutorial: setup ## run every notebook into build/notebooks/, offline, on any CPU
+	@$(PYTHON) -m tools.notebooks run
+
+test: setup ## all tests
+	@$(PYTHON) -m pytest -q
+
+lab: setup ## open the notebooks in JupyterLab
+	@$(PYTHON) -m jupyterlab notebooks
+
+notebooks: setup ## run the notebooks on the embedded default and put them back with their outputs, to be committed
+	@$(PYTHON) -m tools.notebooks commit
+
+check: setup ## style, and the tests that take seconds
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m pytest -q tests/test_notebooks.py tests/test_house.py
+
+# Pins that still fit are kept; delete requirements.lock first to move every one.
+lock: setup ## bring requirements.lock up to requirements.txt and pyproject.toml
+	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+		--custom-compile-command "make lock" requirements.txt --group dev --output-file requirements.lock
+
+badges: setup ## REPOSITORY=owner/name: point badges and clone addresses to a fork
+	@$(PYTHON) -m tools.notebooks badges "$(REPOSITORY)"

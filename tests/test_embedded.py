@@ -1,0 +1,105 @@
+import json
+import random
+
+import numpy as np
+import torch
+
+from embedded import base_model, build
+from embedded.drawing import CATEGORIES, SIDE
+from embedded.scenes import (
+    COMPANIONS,
+    PLACES,
+    absent_companions,
+    describe,
+    existence_answer,
+    question_about,
+    sample_scene,
+    scene_and_picture,
+    with_planted_mistakes,
+)
+from utils import preferences
+from utils.hallucination import claims, is_right, says_no
+from utils.settings import ROOT
+
+
+def test_scenes_follow_their_rules():
+    rng = random.Random(0)
+    for _ in range(300):
+        objects = sample_scene(rng)
+        order = [list(PLACES).index(o["place"]) for o in objects]
+        assert 1 <= len(objects) <= 4 and order == sorted(set(order))
+        assert len({o["category"] for o in objects}) == len(objects)
+
+
+def test_companions_often_stand_together():
+    rng = random.Random(0)
+    scenes = [{o["category"] for o in sample_scene(rng)} for _ in range(3000)]
+    for category, companion in COMPANIONS.items():
+        beside = np.mean([companion in s for s in scenes if category in s])
+        assert beside > 1.5 * np.mean([companion in s for s in scenes if category not in s])
+
+
+def test_a_slice_of_the_data_set_is_rebuilt_from_its_seed():
+    """The pictures and truths of the committed rows come out again; Pillow's version may change single pixels a little."""
+    for row in preferences.load("embedded/dataset", "test[:6]"):
+        objects, image = scene_and_picture("test", row["idx"])
+        assert objects == row["objects"]
+        stored = np.asarray(row["image"]).astype(int)
+        assert stored.shape == (SIDE, SIDE, 3) and np.abs(stored - np.asarray(image)).mean() < 2
+
+
+def test_the_tokenizer_is_rebuilt_as_committed():
+    rebuilt = base_model.make_processor().tokenizer
+    committed = json.loads((ROOT / "embedded" / "model" / "tokenizer.json").read_text())
+    assert rebuilt.get_vocab() == committed["model"]["vocab"] | {t["content"]: t["id"] for t in committed["added_tokens"]}
+
+
+def test_a_short_training_is_the_same_twice():
+    def short():
+        torch.manual_seed(0)
+        processor = base_model.make_processor()
+        model = base_model.make_model(processor)
+        scenes, images = base_model.pictures("base", 40)
+        base_model.train_vision(model, scenes, images, 3, batch=8, log=lambda _: None)
+        before = {n: p.clone() for n, p in model.model.vision_model.named_parameters()}
+        base_model.train_text(model, processor, scenes, images, 3, base_model.alignment, batch=8, log=lambda _: None)
+        assert all(torch.equal(p, before[n]) for n, p in model.model.vision_model.named_parameters()), "the tower must stay frozen"
+        return model.state_dict()
+
+    first, second = short(), short()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_true_sentences_are_true_and_planted_ones_are_not():
+    rng = random.Random(1)
+    for _ in range(200):
+        objects = sample_scene(rng)
+        assert all(is_right(c, objects) for c in claims(describe(objects)))
+        question, answer = question_about(objects, rng)
+        assert question.endswith("?") and claims(answer) and all(is_right(c, objects) for c in claims(answer)), (question, answer)
+        habit = with_planted_mistakes(objects, rng, added=1, forgotten=0)
+        assert [o["category"] for o in habit[len(objects) :]] == absent_companions(objects)
+        assert not any(is_right(c, objects) for c in claims(describe(habit[len(objects) :])))
+
+
+def test_existence_answers_are_read_by_pope():
+    for category in CATEGORIES:
+        assert says_no(existence_answer(category, False)) and not says_no(existence_answer(category, True))
+
+
+def test_pairs_prefer_fewer_mistakes_and_count_omissions():
+    objects = [{"category": "cup", "colour": "red", "place": "top"}, {"category": "car", "colour": "blue", "place": "left"}]
+    full, short, long = describe(objects), describe(objects[:1]), describe(objects) + " On the right there is a red book."
+    question = "Describe the image."
+    assert [build.mistakes(text, objects, question) for text in (full, short, long)] == [0, 1, 3]
+    pairs = build.pair_up([full, short, long, full], objects, question, random.Random(0))
+    assert len(pairs) == 2 and all(build.mistakes(c, objects, question) < build.mistakes(r, objects, question) for c, r in pairs)
+    assert {len(c.split()) < len(r.split()) for c, r in pairs} == {True, False}
+
+
+def test_balance_makes_the_mean_lengths_equal_and_loses_nothing_else():
+    rng = random.Random(0)
+    rows = [{"chosen": "a " * rng.randint(5, 9), "rejected": "a " * rng.randint(7, 14)} for _ in range(400)]
+    kept = build.balance(rows, rng)
+    gap = sum(len(r["chosen"].split()) - len(r["rejected"].split()) for r in kept)
+    assert abs(gap) <= 9 and all(r in rows for r in kept) and len(kept) > 50

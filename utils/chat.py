@@ -1,0 +1,133 @@
+"""From a preference pair to a conversation, to rendered text, to tokens; and the checks that all of it is right."""
+
+from datasets import concatenate_datasets
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from utils.preferences import TEXT_COLUMNS, require_columns
+
+
+def prompt_messages(question):
+    """The user's turn: the image, then the question."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+def answer_messages(answer):
+    """The assistant's turn."""
+    return [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+
+def conversation(row):
+    """The texts of one row as messages: what `DPOTrainer` takes beside the images."""
+    return {
+        "prompt": prompt_messages(row["question"]),
+        "chosen": answer_messages(row["chosen"]),
+        "rejected": answer_messages(row["rejected"]),
+    }
+
+
+def format_dataset(dataset):
+    """Rows for `DPOTrainer`: `image`, and `prompt`, `chosen`, `rejected` as messages.
+
+    Only the text columns are mapped. The image column is attached again as it was: no image is decoded or written.
+    """
+    require_columns(dataset.column_names, "the data set to format")
+    texts = dataset.select_columns(TEXT_COLUMNS).map(conversation, remove_columns=TEXT_COLUMNS)
+    return concatenate_datasets([dataset.select_columns(["image"]), texts], axis=1)
+
+
+def render(row, processor):
+    """One row as the chat template writes it: `images` (a list with one decoded image), `prompt`, `chosen`, `rejected` as text.
+
+    An answer is rendered together with its prompt and the prompt is then cut off: rendered alone, some templates
+    (Qwen's) would put a system turn in front of it. Raises ValueError when the template changes the prompt.
+    """
+    messages = conversation(row)
+    prompt = processor.apply_chat_template(messages["prompt"], tokenize=False)
+    rendered = {"images": [row["image"]], "prompt": prompt}
+    for name in ("chosen", "rejected"):
+        whole = processor.apply_chat_template(messages["prompt"] + messages[name], tokenize=False)
+        if not whole.startswith(prompt):
+            raise ValueError(f"the chat template changes the prompt when an answer follows: {prompt!r} is not how {whole!r} begins")
+        rendered[name] = whole[len(prompt) :]
+    return rendered
+
+
+def training_batch(rows, processor):
+    """What `DPOTrainer` feeds the model for `rows` of `format_dataset`: its own collator, chosen rows first, then rejected."""
+    return DataCollatorForVisionPreference(processor)([dict(row) for row in rows])
+
+
+def inference_batch(images, questions, processor):
+    """Prompts for `generate`: one image and one question a row, padded on the left, ending where the answer begins."""
+    texts = [processor.apply_chat_template(prompt_messages(q), add_generation_prompt=True, tokenize=False) for q in questions]
+    nested = [[image] for image in images]
+    return processor(images=nested, text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+
+
+def token_kinds(row, processor):
+    """Per answer the tokens of one formatted row and what each belongs to.
+
+    {"chosen": (tokens, kinds), "rejected": …}; tokens are strings, kinds are "prompt", "image", "chosen" or "rejected".
+    """
+    batch, tokenizer = training_batch([row], processor), processor.tokenizer
+    image_id = image_token_id(processor)
+    views = {}
+    for name, ids, mask, answer in zip(
+        ("chosen", "rejected"), batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+    ):
+        real = mask.bool()
+        kinds = [
+            name if in_answer else "image" if i == image_id else "prompt" for i, in_answer in zip(ids[real], answer[real], strict=True)
+        ]
+        views[name] = ([tokenizer.decode([i]) for i in ids[real]], kinds)
+    return views
+
+
+def image_token_id(processor):
+    """The id that stands for a piece of an image in `input_ids`."""
+    if getattr(processor, "image_token_id", None) is not None:
+        return processor.image_token_id
+    return processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+
+
+def check_tokens(row, processor):
+    """Compare the training tokens of one formatted row with inference; {"prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens"}.
+
+    Raises ValueError when the training prompt is not token for token the inference prompt, or an answer does not
+    end with the end-of-turn text of the chat template.
+    """
+    batch = training_batch([row], processor)
+    question = row["prompt"][0]["content"][-1]["text"]
+    expected = inference_batch([row["image"]], [question], processor)["input_ids"][0].tolist()
+    turn_end = render({"image": None, "question": "q", "chosen": "a", "rejected": "a"}, processor)["chosen"].rpartition("a")[2].strip()
+    counts = {"prompt_tokens": len(expected), "image_tokens": expected.count(image_token_id(processor))}
+    for name, ids, mask, answer in zip(
+        ("chosen", "rejected"), batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+    ):
+        prompt = ids[mask.bool() & ~answer.bool()].tolist()
+        if prompt != expected:
+            raise ValueError(
+                f"the training prompt is not the inference prompt: {processor.tokenizer.decode(prompt)!r} against {processor.tokenizer.decode(expected)!r}"
+            )
+        text = processor.tokenizer.decode(ids[answer.bool()])
+        if not text.strip().endswith(turn_end):
+            raise ValueError(f"the {name} answer does not end with {turn_end!r}, so the model never learns to stop: {text[-60:]!r}")
+        counts[f"{name}_tokens"] = int(answer.sum())
+    return counts
+
+
+def count_tokens(row, processor):
+    """Length in tokens of the longer of a formatted row's two sequences, image tokens included."""
+    return training_batch([row], processor)["input_ids"].shape[1]
+
+
+def within_budget(dataset, processor, token_budget):
+    """(`dataset` without the rows longer than `token_budget`, the numbers of the rows dropped). Nothing is truncated:
+
+    a cut inside the image tokens stops training with an error, a cut inside an answer teaches the model not to stop.
+    """
+    too_long = [number for number, row in enumerate(dataset) if count_tokens(row, processor) > token_budget]
+    if not too_long:
+        return dataset, []
+    dropped = set(too_long)
+    return dataset.select([number for number in range(len(dataset)) if number not in dropped]), too_long

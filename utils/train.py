@@ -1,0 +1,41 @@
+"""The command line: python -m utils.train --profile NAME --output DIR [--max-steps N] [--resume]"""
+
+import argparse
+from pathlib import Path
+
+from utils import chat, models, preferences, settings, training
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m utils.train", description="QLoRA DPO of one profile, without a notebook.")
+    parser.add_argument("--profile", help=f"one of {', '.join(settings.PROFILES)}; default: VLM_DPO_PROFILE, else embedded")
+    parser.add_argument("--output", type=Path, help="folder for adapter/, training.json and checkpoints; default: runs/<profile>")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many optimizer steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    try:
+        profile = settings.load(options.profile)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    models.quiet()
+    processor = models.load_processor(profile)
+    pairs = chat.format_dataset(preferences.load(profile.dataset, profile.train_split, profile.dataset_revision))
+    pairs, dropped = chat.within_budget(pairs, processor, profile.token_budget)
+    print(
+        f"{len(pairs)} pairs; {len(dropped)} longer than {profile.token_budget} tokens dropped{f': rows {dropped}' if dropped else ''}",
+        flush=True,
+    )
+    output = options.output or settings.run_folder(profile)
+    trainer = training.make_trainer(profile, models.load_model(profile), processor, pairs, output, max_steps=options.max_steps)
+    record = training.train(trainer, profile, resume=options.resume)
+    print(
+        f"{record['steps']} steps in {record['seconds']:.0f} s, {record['pairs_per_second']:.1f} pairs per second; adapter in {output / 'adapter'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

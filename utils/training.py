@@ -1,0 +1,118 @@
+"""QLoRA DPO with TRL: an adapter on the language model, the trainer, resuming and saving."""
+
+import json
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from trl import DPOConfig, DPOTrainer
+
+from utils.models import compute_dtype
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def lora_config(settings):
+    """LoRA on the linear layers of the language model; the vision tower and the connector stay as they are."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=settings.lora_target,
+    )
+
+
+def dpo_config(settings, output, **changes):
+    """The profile's `DPOConfig`; `changes` are arguments of `DPOConfig` that replace the profile's.
+
+    `max_length=None`: TRL's default would cut image tokens. The learning rate is explicit: TRL's default is for full
+    fine-tuning and leaves an adapter where it is.
+    """
+    dtype = compute_dtype()
+    arguments = {
+        "output_dir": str(output),
+        "beta": settings.beta,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": settings.warmup_steps,
+        "max_length": None,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": settings.logging_steps,
+        "save_steps": settings.save_steps,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "seed": settings.seed,
+    }
+    return DPOConfig(**(arguments | changes))
+
+
+def make_trainer(settings, model, processor, train, output, test=None, callbacks=None, **changes):
+    """A `DPOTrainer` on formatted rows. The reference model is `model` with the adapter switched off: there is no second copy.
+
+    `model` must not carry an adapter yet (ValueError: wrapped twice, "base" answers would be an adapter's). TRL casts
+    the adapter of a 4-bit model to bfloat16, where small updates vanish in rounding; here it is kept in float32.
+    """
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise ValueError(
+            "the model already carries an adapter: load it again with load_model(settings), the trainer adds the adapter itself"
+        )
+    trainer = DPOTrainer(
+        model=model,
+        args=dpo_config(settings, output, **changes),
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=processor,
+        peft_config=lora_config(settings),
+        callbacks=callbacks,
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def last_checkpoint(output):
+    """The newest complete checkpoint in `output`, or None. The trainer writes `trainer_state.json` after everything large."""
+    complete = [path for path in Path(output).glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def train(trainer, settings, resume=False):
+    """Train, then write `adapter/` and `training.json` into the trainer's output folder; returns what training.json holds.
+
+    `resume=True` goes on from the last checkpoint there; FileNotFoundError when there is none.
+    """
+    output = Path(trainer.args.output_dir)
+    checkpoint = last_checkpoint(output) if resume else None
+    if resume and checkpoint is None:
+        raise FileNotFoundError(f"nothing to resume: {output} holds no complete checkpoint; train without --resume first")
+    start, first_step = time.perf_counter(), 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds, steps = time.perf_counter() - start, trainer.state.global_step
+    trainer.save_model(str(output / "adapter"))
+    pairs_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    pairs = min(steps * pairs_per_step, round(len(trainer.train_dataset) * max(1, trainer.state.epoch or 1)))
+    log = trainer.state.log_history
+    record = {
+        "steps": steps,
+        "pairs": pairs,
+        "seconds": seconds,
+        "pairs_per_second": (steps - first_step) * pairs_per_step / seconds,
+        "final": next((entry for entry in reversed(log) if "loss" in entry), {}),
+        "log": log,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "settings": asdict(settings),
+    }
+    (output / "training.json").write_text(json.dumps(record, indent=1))
+    return record
