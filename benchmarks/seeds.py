@@ -33,7 +33,6 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    models.quiet()
     summary = {}
     print("seed  seconds  CHAIR_i base → DPO (relative)   recall        words/true  POPE accuracy")
     for seed in options.seeds:

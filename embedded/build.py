@@ -22,7 +22,7 @@ from utils.hallucination import claims, is_right, left_out, rate
 from utils.settings import EMBEDDED_MODEL, PROFILES, ROOT
 
 SEED, DRAWN, VISION_STEPS, ALIGNMENT_STEPS, INSTRUCTION_STEPS = 0, 16000, 1000, 3600, 1000
-TRAIN_SCENES, TEST_SCENES, SAMPLES = 1300, 500, 8
+TRAIN_SCENES, TEST_SCENES, SAMPLES = 1350, 500, 8
 FEATURES = Features(
     {
         "ds_name": Value("string"),
@@ -61,9 +61,12 @@ def mistakes(text, objects, question):
 def pair_up(texts, objects, question, rng):
     """The best answer against a worse one that is longer, and against a worse one that is not: at most two (chosen, rejected).
 
-    `texts`: answers sampled from the model to the same question. Best means the fewest mistakes.
+    `texts`: answers sampled from the model to the same question. Best means the fewest mistakes; answers that claim
+    nothing are left out, or saying nothing would count as saying nothing wrong.
     """
-    scored = sorted({(mistakes(text, objects, question), text) for text in texts})
+    scored = sorted({(mistakes(text, objects, question), text) for text in texts if claims(text)})
+    if not scored:
+        return []
     fewest = scored[0][0]
     chosen = rng.choice([text for count, text in scored if count == fewest])
     worse = [text for count, text in scored if count > fewest]
@@ -136,7 +139,7 @@ def build_dataset(model, processor, settings, folder):
     existence = sample_pairs(model, processor, settings, "train", asking, train)
     says_yes = [r for r in existence if r["chosen"].startswith("Yes")]
     says_no = [r for r in existence if r not in says_yes]
-    each = min(len(says_yes), len(says_no), len(descriptions) // 6)
+    each = min(len(says_yes), len(says_no), len(descriptions) // 3)
     rows = descriptions + rng.sample(says_yes, each) + rng.sample(says_no, each)
     rng.shuffle(rows)
     print(f"train: {len(descriptions)} pairs of descriptions, {2 * each} of yes and no", flush=True)
@@ -179,7 +182,6 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m embedded.build", description=__doc__.splitlines()[0])
     parser.add_argument("--reuse-model", action="store_true", help="keep embedded/model and build only the data set and the results")
     options, start = parser.parse_args(), time.time()
-    models.quiet()
     settings, folder = PROFILES["embedded"], ROOT / "embedded"
     if not options.reuse_model:
         build_model(folder / "model")

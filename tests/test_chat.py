@@ -8,16 +8,16 @@ from utils.settings import PROFILES
 # The row and the strings of the article that this project grew from, letter for letter.
 QUESTION = "Who is more likely to use these tools a leather crafter or a paper crafter?"
 CHOSEN = (
-    "A leather crafter is more likely to use these tools. The image shows various crafting tools, including scissors and a hole punch, which are "
-    "commonly used in leatherworking projects. Leather is a material that requires cutting, shaping, and precise hole-punching techniques to create "
-    "desired designs or patterns. In contrast, paper crafters typically use different types of tools, such as adhesives, decorative papers, or "
-    "specialized cutting machines like the Silhouette Cameo, for their projects."
+    "A leather crafter is more likely to use these tools. The image shows various crafting tools, including scissors and a hole "
+    "punch, which are commonly used in leatherworking projects. Leather is a material that requires cutting, shaping, and precise "
+    "hole-punching techniques to create desired designs or patterns. In contrast, paper crafters typically use different types of "
+    "tools, such as adhesives, decorative papers, or specialized cutting machines like the Silhouette Cameo, for their projects."
 )
 REJECTED = (
-    "A leather crafter is more likely to use these tools as they consist of a hole punch, scissors, and a knife. These items are typically used in "
-    "crafting projects involving fabric or leather materials for various designs and patterns. Paper crafters may also benefit from some of these "
-    "tools, but their primary focus would be on paper-related projects, which might require different types of tools such as paper cutters or "
-    "scrapbooking supplies."
+    "A leather crafter is more likely to use these tools as they consist of a hole punch, scissors, and a knife. These items are "
+    "typically used in crafting projects involving fabric or leather materials for various designs and patterns. Paper crafters "
+    "may also benefit from some of these tools, but their primary focus would be on paper-related projects, which might require "
+    "different types of tools such as paper cutters or scrapbooking supplies."
 )
 
 
@@ -70,8 +70,9 @@ def test_training_prompt_is_the_inference_prompt(train, processor):
 def test_an_answer_rendered_alone_may_bring_a_system_turn(processor):
     """Why `render` cuts the prompt off instead: the template of Qwen2-VL inserts a default system turn."""
     template = (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}{% for m in messages %}"
-        "<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
     )
     original, processor.chat_template = processor.chat_template, template
     try:

@@ -31,10 +31,10 @@ def test_pope_asks_about_present_random_popular_and_companion():
 
 def test_a_perfect_model_scores_perfectly():
     scores = {name: rate(counts) for name, counts in evaluation.count(perfect(TRUTHS), TRUTHS).items()}
-    assert scores | {"words": 0} == {
-        "chair_i": 0, "chair_s": 0, "recall": 1, "cog": 0, "claim_precision": 1, "pope_accuracy": 1, "pope_f1": 1, "pope_yes_ratio": 0.5, "words": 0,
-    }  # fmt: skip
-    assert scores["words"] == evaluation.true_words(TRUTHS)
+    words = scores.pop("words")
+    low, high = dict.fromkeys(("chair_i", "chair_s", "cog"), 0), dict.fromkeys(("recall", "claim_precision", "pope_accuracy", "pope_f1"), 1)
+    assert scores == low | high | {"pope_yes_ratio": 0.5}
+    assert words == evaluation.true_words(TRUTHS)
 
 
 def test_cog_counts_planted_companions_only():

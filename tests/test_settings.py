@@ -18,7 +18,7 @@ def test_a_wrong_name_lists_the_right_ones(monkeypatch):
     with pytest.raises(ValueError, match="embedded, smolvlm, qwen, idefics2"):
         settings.load("gpt")
     monkeypatch.setenv("VLM_DPO_PROFILE", "typo")
-    with pytest.raises(ValueError, match="'typo'.*VLM_DPO_PROFILE"):
+    with pytest.raises(ValueError, match=r"'typo'.*VLM_DPO_PROFILE"):
         settings.load()
 
 

@@ -40,7 +40,8 @@ if not found:  # this notebook was opened on its own, as on Colab
 root = found[0] if found else clone
 if "google.colab" in sys.modules:  # before anything is imported: packages replaced later do not take effect
     %pip install -q -r "{root}/requirements-colab.txt"
-sys.path.insert(0, str(root))  # first, because others have a package called utils too"""
+sys.path.insert(0, str(root))  # first, because others have a package called utils too
+import utils  # before the large packages: it keeps their hints quiet"""
 
 
 def home(root=ROOT):

@@ -91,7 +91,9 @@ def image_token_id(processor):
 
 
 def check_tokens(row, processor):
-    """Compare the training tokens of one formatted row with inference; {"prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens"}.
+    """Compare the training tokens of one formatted row with inference; returns how many there are.
+
+    {"prompt_tokens", "image_tokens" (a part of the prompt), "chosen_tokens", "rejected_tokens"}.
 
     Raises ValueError when the training prompt is not token for token the inference prompt, or an answer does not
     end with the end-of-turn text of the chat template.
@@ -106,9 +108,8 @@ def check_tokens(row, processor):
     ):
         prompt = ids[mask.bool() & ~answer.bool()].tolist()
         if prompt != expected:
-            raise ValueError(
-                f"the training prompt is not the inference prompt: {processor.tokenizer.decode(prompt)!r} against {processor.tokenizer.decode(expected)!r}"
-            )
+            trained, used = processor.tokenizer.decode(prompt), processor.tokenizer.decode(expected)
+            raise ValueError(f"the training prompt is not the inference prompt: {trained!r} against {used!r}")
         text = processor.tokenizer.decode(ids[answer.bool()])
         if not text.strip().endswith(turn_end):
             raise ValueError(f"the {name} answer does not end with {turn_end!r}, so the model never learns to stop: {text[-60:]!r}")

@@ -1,7 +1,5 @@
 """The model and its processor: loaded in 4 bit, with or without a tuned adapter, and what part of it trains."""
 
-import logging
-
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
@@ -86,9 +84,3 @@ def part_of(name):
     if any(word in name for word in ("connector", "projector", "merger")):
         return "connector"
     return "vision" if "vision" in name or "visual" in name else "language"
-
-
-def quiet():
-    """Silence what a reader of a notebook cannot act on: bitsandbytes' hint about an optional package, loading bars."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -39,7 +39,10 @@ def require_columns(columns, where):
 
 
 def verify_embedded(part, root=ROOT):
-    """Compare the files of `embedded/<part>` ("dataset" or "model") with the digests in the manifest; FileNotFoundError names the bad one."""
+    """Compare the files of `embedded/<part>` ("dataset" or "model") with the manifest's digests.
+
+    Raises FileNotFoundError that names the missing or damaged file and how to get it back.
+    """
     manifest = json.loads((Path(root) / "embedded" / "manifest.json").read_text())
     for name, expected in manifest["files"].items():
         if not name.startswith(f"embedded/{part}/"):

@@ -21,20 +21,16 @@ def main(arguments=None):
         profile = settings.load(options.profile)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    models.quiet()
     processor = models.load_processor(profile)
     pairs = chat.format_dataset(preferences.load(profile.dataset, profile.train_split, profile.dataset_revision))
     pairs, dropped = chat.within_budget(pairs, processor, profile.token_budget)
-    print(
-        f"{len(pairs)} pairs; {len(dropped)} longer than {profile.token_budget} tokens dropped{f': rows {dropped}' if dropped else ''}",
-        flush=True,
-    )
+    rows = f": rows {dropped}" if dropped else ""
+    print(f"{len(pairs)} pairs; {len(dropped)} longer than {profile.token_budget} tokens dropped{rows}", flush=True)
     output = options.output or settings.run_folder(profile)
     trainer = training.make_trainer(profile, models.load_model(profile), processor, pairs, output, max_steps=options.max_steps)
     record = training.train(trainer, profile, resume=options.resume)
-    print(
-        f"{record['steps']} steps in {record['seconds']:.0f} s, {record['pairs_per_second']:.1f} pairs per second; adapter in {output / 'adapter'}"
-    )
+    speed = f"{record['seconds']:.0f} s, {record['pairs_per_second']:.1f} pairs per second"
+    print(f"{record['steps']} steps in {speed}; adapter in {output / 'adapter'}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 import json
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
+from utils import versions
 from utils.models import compute_dtype
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -67,6 +68,7 @@ def make_trainer(settings, model, processor, train, output, test=None, callbacks
         raise ValueError(
             "the model already carries an adapter: load it again with load_model(settings), the trainer adds the adapter itself"
         )
+    set_seed(settings.seed)  # the adapter is made before the trainer seeds anything
     trainer = DPOTrainer(
         model=model,
         args=dpo_config(settings, output, **changes),
@@ -76,6 +78,8 @@ def make_trainer(settings, model, processor, train, output, test=None, callbacks
         peft_config=lora_config(settings),
         callbacks=callbacks,
     )
+    if trainer.args.disable_tqdm:  # without a bar transformers prints every log entry instead
+        trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -111,7 +115,7 @@ def train(trainer, settings, resume=False):
         "pairs_per_second": (steps - first_step) * pairs_per_step / seconds,
         "final": next((entry for entry in reversed(log) if "loss" in entry), {}),
         "log": log,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": versions(*LIBRARIES),
         "settings": asdict(settings),
     }
     (output / "training.json").write_text(json.dumps(record, indent=1))
