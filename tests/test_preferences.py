@@ -92,7 +92,7 @@ def test_a_missing_or_damaged_embedded_file_is_named(copy_of_embedded):
     with pytest.raises(FileNotFoundError, match=r"test-00000-of-00001.parquet is damaged: restore it with `git checkout"):
         preferences.verify_embedded("dataset", copy_of_embedded)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"is missing: .* python -m embedded.build"):
+    with pytest.raises(FileNotFoundError, match=r"is missing: .*`python -m embedded.build`"):
         preferences.verify_embedded("dataset", copy_of_embedded)
 
 

@@ -31,7 +31,8 @@ def format_dataset(dataset):
     Only the text columns are mapped. The image column is attached again as it was: no image is decoded or written.
     """
     require_columns(dataset.column_names, "the data set to format")
-    texts = dataset.select_columns(TEXT_COLUMNS).map(conversation, remove_columns=TEXT_COLUMNS)
+    texts = dataset.select_columns(TEXT_COLUMNS).map(conversation, remove_columns=TEXT_COLUMNS, desc="formatting")
+    texts = texts.select_columns(["prompt", "chosen", "rejected"])
     return concatenate_datasets([dataset.select_columns(["image"]), texts], axis=1)
 
 
