@@ -1,14 +1,14 @@
 """Train and evaluate the embedded default with several seeds: python -m benchmarks.seeds [--seeds 0 1 2]
 
 Writes results/embedded/evaluation-seed<N>.json (as runs/<profile>/evaluation.json, with the training's seconds and last log
-entry), prints a table and one line of JSON.
+entry) and before_after.png of the first seed, prints a table and one line of JSON.
 """
 
 import argparse
 import json
 from dataclasses import replace
 
-from utils import chat, evaluation, models, preferences, training
+from utils import chat, evaluation, models, plots, preferences, training
 from utils.settings import PROFILES, ROOT
 
 
@@ -33,11 +33,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    summary = {}
+    summary, folder = {}, ROOT / "results" / "embedded"
     print("seed  seconds  CHAIR_i base → DPO (relative)   recall        words/true  POPE accuracy")
     for seed in options.seeds:
         result = run(replace(PROFILES["embedded"], seed=seed))
-        (ROOT / "results" / "embedded" / f"evaluation-seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / f"evaluation-seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        if seed == options.seeds[0]:
+            plots.before_after(result).savefig(folder / "before_after.png")
         base, dpo = result["base"], result["dpo"]
         relative = dpo["chair_i"] / base["chair_i"] - 1
         print(

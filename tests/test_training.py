@@ -62,13 +62,23 @@ def test_the_repacking_that_is_switched_off_does_stop_gradients():
     layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     if not layer.support_avx512bf16_for_cpu:
         pytest.skip("this CPU has no AVX512-BF16: bitsandbytes does not repack here")
-    layer.eval()
-    with torch.no_grad():
-        layer(torch.ones(1, 64))
-    layer.train()
-    x = torch.ones(1, 64, requires_grad=True)
-    y = layer(x)
-    assert not y.requires_grad, "bitsandbytes no longer repacks: keep_gradients_flowing may go"
+
+    def gradient():
+        x = torch.ones(1, 64, requires_grad=True)
+        layer.train()(x).sum().backward()
+        return x.grad
+
+    def forward_as_in_generation():
+        with torch.no_grad():
+            layer.eval()(torch.ones(1, 64))
+
+    before = gradient()
+    models.keep_gradients_flowing(layer)
+    forward_as_in_generation()
+    assert torch.equal(gradient(), before)
+    layer.support_avx512bf16_for_cpu = True
+    forward_as_in_generation()
+    assert gradient() is None, "bitsandbytes no longer loses the gradient: keep_gradients_flowing may go"
 
 
 def test_the_first_loss_is_ln_2_and_the_adapter_is_in_float32(processor, rows, tmp_path):

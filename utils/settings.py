@@ -25,7 +25,7 @@ class Settings:
     evaluation_split: str = "test[:500]"
     processor_arguments: dict = field(default_factory=dict)  # how large an image the model gets to see
     four_bit: bool = True
-    keep_in_full_precision: tuple = (r".*(vision|visual|connector|projector|merger)", "lm_head")
+    keep_in_full_precision: tuple = (r".*(vision|visual|connector|projector|merger)[^.]*", "lm_head")
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_target: str = LANGUAGE_MODEL_LINEARS
