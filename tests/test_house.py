@@ -35,7 +35,7 @@ LAYERS = [
     "callbacks",
     "train",
 ]
-GROUND = {"embedded.scenes", "embedded.drawing"}  # the drawn world, which any layer may use
+GROUND = {"utils.versions", "embedded.scenes", "embedded.drawing"}  # the drawn world, which any layer may use
 COLAB = {  # preinstalled there in August 2026
     "accelerate": "1.14",
     "ipywidgets": "7.7.1",
