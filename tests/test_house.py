@@ -337,6 +337,12 @@ def test_commit_keeps_an_edit_made_during_the_run(repository):
     assert path.read_text().endswith(" ")
 
 
+def test_keep_drops_what_is_left_of_a_progress_bar_s_widget():
+    left = {WIDGET: {}, "text/plain": "Loading weights:   0%|          | 0/108 [00:00<?, ?it/s]"}
+    assert not notebooks.keep(new_output("display_data", data=left))
+    assert notebooks.keep(new_output("display_data", data={WIDGET: {}, "text/plain": "2,000 pairs"}))
+
+
 def test_keep_drops_progress_bars_and_empty_outputs():
     bars = "\r 10%|█         | 1/10 [00:01<00:09,  1.0it/s]\r100%|██████████| 10/10 [00:10<00:00,  1.0it/s]\n"
     stream = new_output("stream", name="stderr", text=bars)

@@ -159,8 +159,10 @@ def keep(output):
         if output.name == "stderr":
             output.text = "".join(line for line in output.text.splitlines(keepends=True) if not PROGRESS.search(line))
         return bool(output.text.strip())
-    output.get("data", {}).pop(WIDGET, None)
-    return output.output_type == "error" or bool(output.data)
+    data = output.get("data", {})
+    data.pop(WIDGET, None)
+    bar = set(data) == {"text/plain"} and PROGRESS.search(data["text/plain"])  # what is left of a progress bar's widget
+    return output.output_type == "error" or (bool(data) and not bar)
 
 
 def without_pictures(text):
