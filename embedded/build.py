@@ -17,9 +17,10 @@ from datasets import Dataset, Features, Image, Value
 from embedded.base_model import alignment, instructions, make_model, make_processor, pictures, train_text, train_vision
 from embedded.scenes import CATEGORIES, DESCRIBE, absent_companions, existence_question, scene_and_picture
 from utils import evaluation, models, preferences
+from utils.claims import claims, is_right, left_out
 from utils.generation import answer
-from utils.hallucination import claims, is_right, left_out, rate
 from utils.settings import EMBEDDED_MODEL, PROFILES, ROOT
+from utils.statistics import rate
 
 SEED, DRAWN, VISION_STEPS, ALIGNMENT_STEPS, INSTRUCTION_STEPS = 0, 16000, 1000, 3600, 1000
 TRAIN_SCENES, TEST_SCENES, SAMPLES = 1350, 500, 8

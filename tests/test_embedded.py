@@ -18,7 +18,8 @@ from embedded.scenes import (
     with_planted_mistakes,
 )
 from utils import preferences
-from utils.hallucination import claims, is_right, says_no
+from utils.claims import claims, is_right
+from utils.hallucination import says_no
 from utils.settings import ROOT
 
 

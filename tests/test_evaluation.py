@@ -5,8 +5,8 @@ from embedded.drawing import CATEGORIES
 from embedded.scenes import describe
 from utils import evaluation, models, preferences
 from utils.generation import answer
-from utils.hallucination import rate
 from utils.settings import PROFILES
+from utils.statistics import rate
 
 TRUTHS = [
     [{"category": "chair", "colour": "red", "place": "top"}, {"category": "cup", "colour": "blue", "place": "left"}],

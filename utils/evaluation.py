@@ -7,8 +7,10 @@ import numpy as np
 
 from embedded.drawing import CATEGORIES
 from embedded.scenes import absent_companions, describe, existence_question
+from utils.claims import claims, is_right, mentions
 from utils.generation import answer
-from utils.hallucination import chair_counts, claims, is_right, mentions, paired_difference, pope_counts, rate
+from utils.hallucination import chair_counts, pope_counts
+from utils.statistics import paired_difference, rate
 
 DESCRIBE = "Describe the image."
 POPE_KINDS = ("random", "popular", "adversarial")

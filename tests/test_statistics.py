@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from utils.statistics import holm, mcnemar, paired_difference
+
+
+def test_paired_difference_finds_an_effect_and_no_effect():
+    rng = np.random.default_rng(0)
+    before = np.stack([rng.integers(0, 2, 400), np.full(400, 3)], axis=1).astype(float)
+    better, shuffled = before.copy(), rng.permutation(before)
+    better[:, 0] *= rng.random(400) < 0.3
+    effect = paired_difference(before, better)
+    assert effect["high"] < 0 and effect["p"] < 0.001 and effect["low"] < effect["mean"] < effect["high"]
+    nothing = paired_difference(before, shuffled)
+    assert nothing["low"] < 0 < nothing["high"] and nothing["p"] > 0.05
+    same = paired_difference(before, before)
+    assert same == {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(1), 0
+    for seed in range(100):
+        before = np.stack([rng.random(150) < 0.3, np.ones(150)], axis=1).astype(float)
+        after = np.stack([rng.random(150) < 0.2, np.ones(150)], axis=1).astype(float)
+        interval = paired_difference(before, after, resamples=400, seed=seed)
+        covered += interval["low"] <= -0.1 <= interval["high"]
+    assert 88 <= covered <= 100
+
+
+def test_mcnemar_by_hand():
+    result = mcnemar([1, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 1])
+    assert (result["only_before"], result["only_after"]) == (5, 0) and result["p"] == pytest.approx(2 / 2**5)
+    assert mcnemar([1, 0], [1, 0])["p"] == 1.0
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
