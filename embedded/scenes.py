@@ -87,6 +87,17 @@ def existence_answer(category, present):
     return f"Yes, there is {article(category)} {category}." if present else f"No, there is no {category}."
 
 
+def colour_question(category):
+    return f"What color is the {category}?"
+
+
+def place_question(category):
+    return f"Where is the {category}?"
+
+
+COUNT_QUESTION = "How many objects are there?"
+
+
 def question_about(objects, rng, added=0.0, forgotten=0.0):
     """A question other than "describe", and its answer: what is where, is there one, which colour, how many."""
     kind = rng.choices(["place", "where", "existence", "colour", "count"], [4, 4, 10, 1, 1])[0]
@@ -97,12 +108,12 @@ def question_about(objects, rng, added=0.0, forgotten=0.0):
         there = f"a {at[place]['colour']} {at[place]['category']}" if place in at else "nothing"
         return f"What is at the {place}?", f"{PLACES[place]} there is {there}."
     if kind == "where":
-        return f"Where is the {object_['category']}?", f"The {object_['category']} is {PLACES[object_['place']].lower()}."
+        return place_question(object_["category"]), f"The {object_['category']} is {PLACES[object_['place']].lower()}."
     if kind == "colour":
-        return f"What color is the {object_['category']}?", f"The {object_['category']} is {object_['colour']}."
+        return colour_question(object_["category"]), f"The {object_['category']} is {object_['colour']}."
     if kind == "count":
         number = NUMBERS[len(objects)]
-        return "How many objects are there?", f"There {'is' if number == 'one' else 'are'} {number} object{'s' * (number != 'one')}."
+        return COUNT_QUESTION, f"There {'is' if number == 'one' else 'are'} {number} object{'s' * (number != 'one')}."
     if rng.random() < 0.5:
         return existence_question(object_["category"]), existence_answer(object_["category"], rng.random() >= forgotten)
     habit, absent = absent_companions(objects), [c for c in CATEGORIES if c not in {o["category"] for o in objects}]

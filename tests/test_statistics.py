@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from utils.statistics import holm, mcnemar, paired_difference
+from utils.statistics import holm, interval, mcnemar, paired_difference, scenes_needed
 
 
 def test_paired_difference_finds_an_effect_and_no_effect():
@@ -35,3 +35,23 @@ def test_mcnemar_by_hand():
 
 def test_holm_by_hand():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+
+
+def test_the_interval_of_a_share_is_that_of_the_binomial():
+    counts = np.stack([np.arange(400) < 100, np.ones(400)], axis=1).astype(float)
+    low, high = interval(counts)
+    assert (low, high) == pytest.approx((0.25 - 0.042, 0.25 + 0.042), abs=0.006)  # 1.96 · √(0.25 · 0.75 / 400)
+
+
+def test_as_many_scenes_as_needed_show_the_effect_four_times_in_five():
+    random = np.random.default_rng(0)
+
+    def scenes(n):
+        mentions = random.integers(1, 5, size=n)
+        before = np.stack([random.binomial(mentions, 0.30), mentions], axis=1).astype(float)
+        after = np.stack([random.binomial(mentions, 0.24), mentions], axis=1).astype(float)
+        return before, after
+
+    needed = scenes_needed(*scenes(20_000), effect=0.06)
+    shown = [paired_difference(*scenes(needed), resamples=400)["high"] < 0 for _ in range(200)]
+    assert 0.7 < np.mean(shown) < 0.9

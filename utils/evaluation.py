@@ -1,12 +1,14 @@
 """Ask a model about scenes whose truth is known, and compare two models on the same scenes."""
 
+import random
+import re
 from collections import Counter
 from itertools import permutations
 
 import numpy as np
 
 from embedded.drawing import CATEGORIES
-from embedded.scenes import absent_companions, describe, existence_question
+from embedded.scenes import COUNT_QUESTION, absent_companions, colour_question, describe, existence_question, place_question
 from utils.claims import claims, is_right, mentions
 from utils.generation import answer
 from utils.hallucination import chair_counts, pope_counts
@@ -23,7 +25,7 @@ def pope_questions(truths, seed=0):
     Absent ones are chosen as POPE does: at random; the most frequent in these scenes; the one that stands most often
     together with something that is there. Returns [{"present", "random", "popular", "adversarial"}].
     """
-    random = np.random.default_rng(seed)
+    draw = np.random.default_rng(seed)
     names = [sorted({o["category"] for o in objects}) for objects in truths]
     frequency = Counter(name for scene in names for name in scene)
     together = Counter(pair for scene in names for pair in permutations(scene, 2))
@@ -32,8 +34,8 @@ def pope_questions(truths, seed=0):
         absent = [c for c in CATEGORIES if c not in scene]
         questions.append(
             {
-                "present": str(random.choice(scene)),
-                "random": str(random.choice(absent)),
+                "present": str(draw.choice(scene)),
+                "random": str(draw.choice(absent)),
                 "popular": max(absent, key=lambda c: frequency[c]),
                 "adversarial": max(absent, key=lambda c: max(together[there, c] / frequency[there] for there in scene)),
             }
@@ -53,6 +55,28 @@ def ask(model, processor, scenes, settings, adapter=True):
         questions = [existence_question(row[kind]) for row in asked]
         answers["pope"][kind] = answer(model, processor, images, questions, settings, adapter, max_new_tokens=16)
     return answers
+
+
+def never_asked(truths, seed=0):
+    """Questions of kinds that no preference pair asks, one of each per scene: {"colour" | "place" | "count": [question]}."""
+    rng = random.Random(seed)
+    about = [rng.choice(objects)["category"] for objects in truths]
+    return {
+        "colour": [colour_question(category) for category in about],
+        "place": [place_question(category) for category in about],
+        "count": [COUNT_QUESTION] * len(truths),
+    }
+
+
+def answered_right(text, objects, kind):
+    """Whether `text` makes a claim of `kind` ("colour", "place" or "count") about the scene, and no wrong claim."""
+    made = claims(text)
+    return any(claim["kind"] == kind for claim in made) and all(is_right(claim, objects) for claim in made)
+
+
+def stammers(text):
+    """Whether a word follows itself: "a pink pink cup". CHAIR does not see it."""
+    return re.search(r"\b(\w+) \1\b", text.lower()) is not None
 
 
 def describe_counts(texts, truths):
