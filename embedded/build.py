@@ -17,8 +17,8 @@ from datasets import Dataset, Features, Image, Value
 from embedded.base_model import alignment, instructions, make_model, make_processor, pictures, train_text, train_vision
 from embedded.scenes import CATEGORIES, DESCRIBE, absent_companions, existence_question, scene_and_picture
 from utils import evaluation, models, preferences
-from utils.claims import claims, is_right, left_out
 from utils.generation import answer
+from utils.preference_making import balance_at_random, mistakes, pair_with_best
 from utils.settings import EMBEDDED_MODEL, PROFILES, ROOT
 from utils.statistics import rate
 
@@ -53,29 +53,6 @@ def build_model(folder):
     processor.save_pretrained(folder)
 
 
-def mistakes(text, objects, question):
-    """Wrong claims; for a description also the objects left out: counting wrong claims alone would reward silence."""
-    wrong = sum(not is_right(claim, objects) for claim in claims(text))
-    return wrong + (len(left_out(text, objects)) if question in DESCRIBE else 0)
-
-
-def pair_up(texts, objects, question, rng):
-    """The best answer against a worse one that is longer, and against a worse one that is not: at most two (chosen, rejected).
-
-    `texts`: answers sampled from the model to the same question. Best means the fewest mistakes; answers that claim
-    nothing are left out, or saying nothing would count as saying nothing wrong.
-    """
-    scored = sorted({(mistakes(text, objects, question), text) for text in texts if claims(text)})
-    if not scored:
-        return []
-    fewest = scored[0][0]
-    chosen = rng.choice([text for count, text in scored if count == fewest])
-    worse = [text for count, text in scored if count > fewest]
-    longer = [text for text in worse if len(text.split()) > len(chosen.split())]
-    others = [text for text in worse if text not in longer]
-    return [(chosen, rng.choice(texts)) for texts in (longer, others) if texts]
-
-
 def existence_category(objects, rng):
     """What to ask about: as often something that is there as something that is not, and then what habit would add."""
     present = [o["category"] for o in objects]
@@ -108,26 +85,12 @@ def sample_pairs(model, processor, settings, series, questions, scenes, temperat
     numbers, rows = list(scenes), []
     images, asked = [scenes[n][1] for n in numbers], [questions[n] for n in numbers]
     sampled = answer(model, processor, images, asked, settings, samples=SAMPLES, temperature=temperature)
-    for number, question, texts in zip(numbers, asked, sampled, strict=True):
+    counts = mistakes(sampled, [{"objects": scenes[n][0], "question": questions[n]} for n in numbers])
+    for number, question, texts, counted in zip(numbers, asked, sampled, counts, strict=True):
         objects, image = scenes[number]
-        pairs = pair_up(texts, objects, question, random.Random(f"{series}-{number}-{question}"))
+        pairs = pair_with_best(texts, counted, random.Random(f"{series}-{number}-{question}"))
         rows += [row(series, number, objects, image, question, *pair) for pair in pairs]
     return rows
-
-
-def balance(rows, rng):
-    """Drop pairs at random from the side that has too many until chosen and rejected answers are equally long on average."""
-    gap = lambda r: len(r["chosen"].split()) - len(r["rejected"].split())  # noqa: E731
-    rows = list(rows)
-    rng.shuffle(rows)
-    total = sum(map(gap, rows))
-    kept = []
-    for r in rows:
-        if total and gap(r) * total > 0 and abs(total - gap(r)) < abs(total):
-            total -= gap(r)
-        else:
-            kept.append(r)
-    return kept
 
 
 def build_dataset(model, processor, settings, folder):
@@ -136,7 +99,7 @@ def build_dataset(model, processor, settings, folder):
     train = {n: scene_and_picture("train", n) for n in range(TRAIN_SCENES)}
     describing = {n: rng.choice(DESCRIBE) for n in train}
     asking = {n: existence_question(existence_category(train[n][0], rng)) for n in train}
-    descriptions = balance(sample_pairs(model, processor, settings, "train", describing, train), rng)
+    descriptions = balance_at_random(sample_pairs(model, processor, settings, "train", describing, train), rng)
     existence = sample_pairs(model, processor, settings, "train", asking, train)
     says_yes = [r for r in existence if r["chosen"].startswith("Yes")]
     says_no = [r for r in existence if r not in says_yes]

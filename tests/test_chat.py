@@ -51,14 +51,27 @@ def test_formatting_leaves_the_bytes_of_the_images_alone(train):
     )
 
 
-def test_formatting_decodes_no_image(train, monkeypatch):
+def test_formatting_decodes_and_writes_nothing(train, monkeypatch, tmp_path):
     monkeypatch.setattr(ImageFeature, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))
-    chat.format_dataset(train)
+    files = train.cache_files
+    mixed = chat.format_dataset(train.shuffle(seed=0).select(range(0, len(train), 2)))
+    assert mixed.cache_files == files
+    assert len(mixed.remove_columns("image")["chosen"]) == len(mixed)
 
 
 def test_formatting_keeps_every_text(train):
     for row, formatted in zip(train.remove_columns("image"), chat.format_dataset(train).remove_columns("image"), strict=True):
         assert formatted == chat.conversation(row)
+
+
+def test_shuffled_selected_and_streamed_rows_are_the_same_rows(train):
+    order = [3, 0, 5]
+    rows = chat.format_dataset(train.select(order))
+    streamed = list(chat.format_dataset(train.to_iterable_dataset()))
+    for row, number in zip(rows, order, strict=True):
+        for formatted in (row, streamed[number]):
+            assert formatted.pop("image").tobytes() == train[number]["image"].tobytes()
+            assert formatted == chat.conversation(train[number])
 
 
 def test_training_prompt_is_the_inference_prompt(train, processor):

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import torch
 
-from embedded import base_model, build
+from embedded import base_model
 from embedded.drawing import CATEGORIES, SIDE
 from embedded.scenes import (
     COMPANIONS,
@@ -86,21 +86,3 @@ def test_true_sentences_are_true_and_planted_ones_are_not():
 def test_existence_answers_are_read_by_pope():
     for category in CATEGORIES:
         assert says_no(existence_answer(category, False)) and not says_no(existence_answer(category, True))
-
-
-def test_pairs_prefer_fewer_mistakes_and_count_omissions():
-    objects = [{"category": "cup", "colour": "red", "place": "top"}, {"category": "car", "colour": "blue", "place": "left"}]
-    full, short, long = describe(objects), describe(objects[:1]), describe(objects) + " On the right there is a red book."
-    question = "Describe the image."
-    assert [build.mistakes(text, objects, question) for text in (full, short, long)] == [0, 1, 3]
-    pairs = build.pair_up([full, short, long, full], objects, question, random.Random(0))
-    assert len(pairs) == 2 and all(build.mistakes(c, objects, question) < build.mistakes(r, objects, question) for c, r in pairs)
-    assert {len(c.split()) < len(r.split()) for c, r in pairs} == {True, False}
-
-
-def test_balance_makes_the_mean_lengths_equal_and_loses_nothing_else():
-    rng = random.Random(0)
-    rows = [{"chosen": "a " * rng.randint(5, 9), "rejected": "a " * rng.randint(7, 14)} for _ in range(400)]
-    kept = build.balance(rows, rng)
-    gap = sum(len(r["chosen"].split()) - len(r["rejected"].split()) for r in kept)
-    assert abs(gap) <= 9 and all(r in rows for r in kept) and len(kept) > 50

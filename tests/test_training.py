@@ -106,6 +106,53 @@ def test_a_model_with_an_adapter_is_refused(processor, rows, tmp_path):
             training.make_trainer(SETTINGS, adapted, processor, rows, tmp_path)
 
 
+def continued(rows, processor, round_one, output, **changes):
+    """A trainer that goes on with the adapter of `round_one`."""
+    changes = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True} | changes
+    model = models.load_tuned(SETTINGS, round_one / "adapter")
+    return training.make_trainer(SETTINGS, model, processor, rows, output, continue_adapter=True, **changes)
+
+
+@pytest.fixture(scope="module")
+def round_one(rows, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("round one")
+    training.train(trainer_for(rows, processor, folder, learning_rate=2e-3, warmup_steps=0), SETTINGS)
+    return folder
+
+
+def test_round_two_starts_where_round_one_ended_and_measures_against_it(rows, processor, round_one, tmp_path):
+    trainer = continued(rows, processor, round_one, tmp_path, learning_rate=2e-3, warmup_steps=0)
+    started = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".default." in name}
+    saved = {n: p for n, p in models.load_tuned(SETTINGS, round_one / "adapter").named_parameters() if "lora" in n}
+    assert saved.keys() == started.keys() and {p.dtype for p in adapter_of(trainer.model).values()} == {torch.float32}
+    assert all(torch.equal(started[name], p) for name, p in saved.items()), "TRL's cast to bfloat16 must not be left in it"
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert log[-1]["loss"] < math.log(2)
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(now[name.replace(".default.", ".ref.")], p) for name, p in started.items()), "the reference must not move"
+    assert any(not torch.equal(now[name], p) for name, p in started.items())
+
+
+def test_what_round_two_saves_loads_as_one_adapter_and_answers_as_trained(rows, processor, round_one, tmp_path):
+    trainer = continued(rows, processor, round_one, tmp_path, learning_rate=2e-3)
+    training.train(trainer, SETTINGS)
+    assert not [path.name for path in (tmp_path / "adapter").iterdir() if path.is_dir()]
+    loaded, scenes = models.load_tuned(SETTINGS, tmp_path / "adapter"), preferences.load(SETTINGS.dataset, "test[:4]")
+    assert list(loaded.peft_config) == ["default"]
+    asked = (processor, scenes["image"], scenes["question"], SETTINGS)
+    assert answer(loaded, *asked) == answer(trainer.model, *asked)
+
+
+def test_continuing_what_carries_no_single_adapter_is_refused(rows, processor, round_one, tmp_path):
+    for model in (models.load_model(SETTINGS), continued(rows, processor, round_one, tmp_path).model):
+        with pytest.raises(ValueError, match="needs a model with one adapter"):
+            training.make_trainer(SETTINGS, model, processor, rows, tmp_path, continue_adapter=True)
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        training.make_trainer(SETTINGS, models.load_tuned(SETTINGS, round_one / "adapter"), processor, rows, tmp_path)
+
+
 def test_resuming_ends_at_the_same_adapter(processor, rows, tmp_path):
     straight = trainer_for(rows, processor, tmp_path / "straight", max_steps=6)
     training.train(straight, SETTINGS)

@@ -1,9 +1,9 @@
 """From a preference pair to a conversation, to rendered text, to tokens; and the checks that all of it is right."""
 
-from datasets import concatenate_datasets
+from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from utils.preferences import TEXT_COLUMNS, require_columns
+from utils.preferences import REQUIRED_COLUMNS, require_columns
 
 
 def prompt_messages(question):
@@ -28,12 +28,20 @@ def conversation(row):
 def format_dataset(dataset):
     """Rows for `DPOTrainer`: `image`, and `prompt`, `chosen`, `rejected` as messages.
 
-    Only the text columns are mapped. The image column is attached again as it was: no image is decoded or written.
+    The messages are made when a row is read, so no image is decoded, re-encoded or written, whatever the size or the order of
+    `dataset`: also after `shuffle` and `select` (where re-attaching a column would rewrite every image), also when it streams.
     """
     require_columns(dataset.column_names, "the data set to format")
-    texts = dataset.select_columns(TEXT_COLUMNS).map(conversation, remove_columns=TEXT_COLUMNS, desc="formatting")
-    texts = texts.select_columns(["prompt", "chosen", "rejected"])
-    return concatenate_datasets([dataset.select_columns(["image"]), texts], axis=1)
+    columns = dataset.select_columns(REQUIRED_COLUMNS)
+    if isinstance(dataset, Dataset):
+        return columns.rename_column("question", "prompt").with_transform(with_messages)
+    return columns.map(conversation, remove_columns=["question"])  # streaming, `rename_column` would encode every image anew
+
+
+def with_messages(batch):
+    """A batch of columns with its texts as messages."""
+    make = {"prompt": prompt_messages, "chosen": answer_messages, "rejected": answer_messages}
+    return batch | {name: [make[name](text) for text in batch[name]] for name in make if name in batch}
 
 
 def render(row, processor):

@@ -1,6 +1,7 @@
 """QLoRA DPO with TRL: an adapter on the language model, the trainer, resuming and saving."""
 
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -58,13 +59,19 @@ def dpo_config(settings, output, **changes):
     return DPOConfig(**(arguments | changes))
 
 
-def make_trainer(settings, model, processor, train, output, test=None, callbacks=None, **changes):
+def make_trainer(settings, model, processor, train, output, test=None, callbacks=None, continue_adapter=False, **changes):
     """A `DPOTrainer` on formatted rows. The reference model is `model` with the adapter switched off: there is no second copy.
 
-    `model` must not carry an adapter yet (ValueError: wrapped twice, "base" answers would be an adapter's). TRL casts
-    the adapter of a 4-bit model to bfloat16, where small updates vanish in rounding; here it is kept in float32.
+    `model` must not carry an adapter yet (ValueError: wrapped twice, "base" answers would be an adapter's), unless
+    `continue_adapter` says that the one from `load_tuned` is to be trained on; the reference is then a frozen copy of it
+    ("ref"). TRL casts the adapter of a 4-bit model to bfloat16, where small updates vanish in rounding; here it is kept in
+    float32, and what the cast rounded off a continued one is given back.
     """
-    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+    if continue_adapter:
+        if not isinstance(model, PeftModel) or list(model.peft_config) != ["default"]:
+            raise ValueError("continue_adapter=True needs a model with one adapter: load it with load_tuned(settings, folder)")
+        model.set_adapter("default")  # load_tuned froze it
+    elif isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise ValueError(
             "the model already carries an adapter: load it again with load_model(settings), the trainer adds the adapter itself"
         )
@@ -75,14 +82,15 @@ def make_trainer(settings, model, processor, train, output, test=None, callbacks
         train_dataset=train,
         eval_dataset=test,
         processing_class=processor,
-        peft_config=lora_config(settings),
+        peft_config=None if continue_adapter else lora_config(settings),
         callbacks=callbacks,
     )
     if trainer.args.disable_tqdm:  # without a bar transformers prints every log entry instead
         trainer.remove_callback(PrinterCallback)
-    for parameter in trainer.model.parameters():
+    for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            exact = trainer.model.get_parameter(name.replace(".default.", ".ref.")) if continue_adapter else parameter
+            parameter.data = exact.data.float().clone()
     return trainer
 
 
@@ -105,6 +113,7 @@ def train(trainer, settings, resume=False):
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
     trainer.save_model(str(output / "adapter"))
+    shutil.rmtree(output / "adapter" / "ref", ignore_errors=True)  # the reference of a continued adapter is the one it began with
     pairs_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     pairs = min(steps * pairs_per_step, round(len(trainer.train_dataset) * max(1, trainer.state.epoch or 1)))
     log = trainer.state.log_history
