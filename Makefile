@@ -1,9 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup tutorial test lab notebooks check lock badges
+.PHONY: help setup tutorial test test-colab lab notebooks check lock badges
 PYTHON := .venv/bin/python
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
 
 setup:
 	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 to 3.13" \
@@ -15,6 +15,9 @@ tutorial: setup ## run every notebook into build/notebooks/, offline, on any CPU
 
 test: setup ## all tests
 	@$(PYTHON) -m pytest -q
+
+test-colab: setup ## Colab's versions in build/colab: installs requirements-colab.txt on them, runs notebooks 01 to 06
+	@$(PYTHON) -m tools.colab
 
 lab: setup ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab notebooks

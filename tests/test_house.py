@@ -15,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from packaging.requirements import Requirement
 
-from tools import notebooks, setup
+from tools import colab, notebooks, setup
 from tools.notebooks import ROOT, WIDGET
 
 # From the ground up; a module imports only from those before it.
@@ -33,9 +33,10 @@ LAYERS = [
     "generation",
     "evaluation",
     "preference_making",
+    "shared_prefix",
+    "reference_cache",
     "training",
     "rewards",
-    "shared_prefix",
     "display",
     "plots",
     "sliders",
@@ -43,17 +44,7 @@ LAYERS = [
     "train",
 ]
 GROUND = {"utils.versions", "embedded.scenes", "embedded.drawing"}  # the drawn world, which any layer may use
-COLAB = {  # preinstalled there in August 2026
-    "accelerate": "1.14",
-    "ipywidgets": "7.7.1",
-    "matplotlib": "3.10",
-    "peft": "0.20",
-    "pillow": "11.3",
-    "torch": "2.11",
-    "torchvision": "0.26",
-    "transformers": "5.15",
-}
-NOT_FROM_COLAB = {"jupyterlab", "datasets"}  # Colab is the notebook itself; its datasets is upgraded by trl
+NOT_FROM_COLAB = {"jupyterlab", *colab.UPGRADED_BY_TRL}  # Colab is the notebook itself
 
 
 def requirements(name):
@@ -73,9 +64,11 @@ def test_environment_yml_lists_the_requirements():
 @pytest.mark.parametrize("requirement", requirements("requirements.txt").values(), ids=lambda requirement: requirement.name)
 def test_requirement_admits_the_lock_and_colab(requirement):
     assert lock()[requirement.name] in requirement.specifier
-    if requirement.name in COLAB:
-        assert COLAB[requirement.name] in requirement.specifier
-    elif requirement.name not in NOT_FROM_COLAB:
+    if requirement.name in NOT_FROM_COLAB:
+        return
+    if requirement.name in colab.preinstalled():
+        assert colab.preinstalled()[requirement.name] in requirement.specifier
+    else:
         assert requirements("requirements-colab.txt")[requirement.name] == requirement
 
 
@@ -88,7 +81,13 @@ def test_trl_upgrades_datasets_on_colab():
 
 
 def test_colab_installs_only_what_colab_lacks():
-    assert not set(requirements("requirements-colab.txt")) & set(COLAB)
+    assert not set(requirements("requirements-colab.txt")) & colab.preinstalled().keys()
+
+
+def test_what_changes_on_colab_is_named():
+    before = {"torch": "2.11.0", "datasets": "4.0.0", "pillow": "11.3.0", "peft": "0.20.0"}
+    after = {"torch": "2.14.1", "datasets": "5.2.0", "pillow": "11.3.0", "trl": "1.16.0"}
+    assert colab.changed(before, after) == {"torch": ("2.11.0", "2.14.1"), "datasets": ("4.0.0", "5.2.0"), "peft": ("0.20.0", None)}
 
 
 def test_lock_is_complete_and_names_no_machine():
@@ -146,6 +145,7 @@ def test_no_file_names_a_machine():
     ("target", "command"),
     [
         ("tutorial", "-m tools.notebooks run"),
+        ("test-colab", "-m tools.colab"),
         ("notebooks", "-m tools.notebooks commit"),
         ("test", "-m pytest"),
         ("lab", "-m jupyterlab notebooks"),
@@ -164,8 +164,8 @@ def test_make_target(target, command):
 
 def test_make_alone_lists_the_targets():
     printed = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True).stdout
-    targets = "help tutorial test lab notebooks check lock badges".split()
-    assert re.findall(r"^  make (\w+)", printed, flags=re.MULTILINE) == targets
+    targets = "help tutorial test test-colab lab notebooks check lock badges".split()
+    assert re.findall(r"^  make ([\w-]+)", printed, flags=re.MULTILINE) == targets
 
 
 # tools/setup.py

@@ -177,9 +177,9 @@ def processor():
 
 
 def one_step(settings, processor, output):
-    """A trainer of one step on 8 pairs, whose image features carry no gradient, and how many tokens of text its rows have."""
+    """TRL's trainer for one step on 8 pairs, whose image features carry no gradient, and how many tokens of text its rows have."""
     rows = chat.format_dataset(preferences.load(settings.dataset, f"train[:{settings.batch_size}]"))
-    changes = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    changes = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True, "shared_prefix": False}
     trainer = training.make_trainer(settings, models.load_model(settings), processor, rows, output, **changes)
     inner = trainer.model.get_base_model().model
     inner.get_image_features = functools.partial(torch.no_grad()(type(inner).get_image_features), inner)

@@ -114,12 +114,12 @@ def kept_bytes(text, rows, tokens, rank, compute_bytes, checkpointing):
 
 
 def estimate(settings, text_tokens=256, precision=None, side=None, gpu=True):
-    """Bytes at the peak of one step by component, for the profile's adapter, batch and checkpointing.
+    """Bytes at the peak of a step of TRL's trainer by component, for the profile's adapter, batch and checkpointing.
 
     `text_tokens`: question, answer and template of the longest row. `precision`: one of PRECISIONS, by default the profile's.
     Adapter, gradients and AdamW are float32. A GPU computes the rest in 16 bit (autocast adds a 16-bit adapter), and TRL scores
     only answers there, at most all text; a CPU computes in float32 and scores every position. Not counted: the CUDA context, the
-    batch, and what single operations need while they run. Raises ValueError for an unknown precision.
+    batch, and what single operations need while they run. The shared prefix needs less. Raises ValueError for an unknown precision.
     """
     precision = precision or ("nf4" if settings.four_bit else "bf16")
     if precision not in PRECISIONS or text_tokens < 1:

@@ -35,6 +35,7 @@ class Settings:
     batch_size: int = 1  # pairs a step on one device
     gradient_accumulation: int = 16
     gradient_checkpointing: bool = True
+    shared_prefix: bool = True  # each image once and each prompt once; False is TRL's own trainer
     warmup_steps: int = 10
     logging_steps: int = 5
     save_steps: int = 50

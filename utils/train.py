@@ -1,4 +1,4 @@
-"""The command line: python -m utils.train --profile NAME --output DIR [--max-steps N] [--resume]"""
+"""The command line: python -m utils.train --profile NAME --output DIR [--max-steps N] [--resume] [--no-shared-prefix]"""
 
 import argparse
 from pathlib import Path
@@ -12,6 +12,7 @@ def parse(arguments=None):
     parser.add_argument("--output", type=Path, help="folder for adapter/, training.json and checkpoints; default: runs/<profile>")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many optimizer steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--shared-prefix", action=argparse.BooleanOptionalAction, help="each image and prompt once, or TRL's own trainer")
     return parser.parse_args(arguments)
 
 
@@ -27,7 +28,8 @@ def main(arguments=None):
     rows = f": rows {dropped}" if dropped else ""
     print(f"{len(pairs)} pairs; {len(dropped)} longer than {profile.token_budget} tokens dropped{rows}", flush=True)
     output = options.output or settings.run_folder(profile)
-    trainer = training.make_trainer(profile, models.load_model(profile), processor, pairs, output, max_steps=options.max_steps)
+    changes = {"max_steps": options.max_steps, "shared_prefix": options.shared_prefix}
+    trainer = training.make_trainer(profile, models.load_model(profile), processor, pairs, output, **changes)
     record = training.train(trainer, profile, resume=options.resume)
     speed = f"{record['seconds']:.0f} s, {record['pairs_per_second']:.1f} pairs per second"
     print(f"{record['steps']} steps in {speed}; adapter in {output / 'adapter'}")

@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from utils import versions
 from utils.models import compute_dtype
+from utils.shared_prefix import SharedPrefixDPOTrainer
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -59,9 +60,12 @@ def dpo_config(settings, output, **changes):
     return DPOConfig(**(arguments | changes))
 
 
-def make_trainer(settings, model, processor, train, output, test=None, callbacks=None, continue_adapter=False, **changes):
+def make_trainer(
+    settings, model, processor, train, output, test=None, callbacks=None, continue_adapter=False, shared_prefix=None, **changes
+):
     """A `DPOTrainer` on formatted rows. The reference model is `model` with the adapter switched off: there is no second copy.
 
+    With `shared_prefix` (None: `settings.shared_prefix`) the faster `SharedPrefixDPOTrainer`, which computes the same loss.
     `model` must not carry an adapter yet (ValueError: wrapped twice, "base" answers would be an adapter's), unless
     `continue_adapter` says that the one from `load_tuned` is to be trained on; the reference is then a frozen copy of it
     ("ref"). TRL casts the adapter of a 4-bit model to bfloat16, where small updates vanish in rounding; here it is kept in
@@ -76,7 +80,8 @@ def make_trainer(settings, model, processor, train, output, test=None, callbacks
             "the model already carries an adapter: load it again with load_model(settings), the trainer adds the adapter itself"
         )
     set_seed(settings.seed)  # the adapter is made before the trainer seeds anything
-    trainer = DPOTrainer(
+    shared_prefix = settings.shared_prefix if shared_prefix is None else shared_prefix
+    trainer = (SharedPrefixDPOTrainer if shared_prefix else DPOTrainer)(
         model=model,
         args=dpo_config(settings, output, **changes),
         train_dataset=train,
