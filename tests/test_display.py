@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import ipywidgets
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from utils import display
 from utils.display import browse, difference_html, image_html, mark_html, pair_html, show, side_by_side_html, table_html, tokens_html
@@ -107,13 +107,19 @@ def test_every_text_is_shown_as_text(nasty):
     assert text_of(image_html(picture(), alt=nasty)).attributes == {"alt", "width", "style", "src"}
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16"])
 def test_a_picture_of_any_mode_is_shown_and_not_changed(mode):
     image = picture(mode, (400, 100))
     before = image.tobytes()
     shown = picture_in(image_html(image, width=200))
     assert (shown.size, shown.mode) == ((200, 50), "RGB")
     assert (image.mode, image.size, image.tobytes()) == (mode, (400, 100), before)
+
+
+def test_a_picture_is_shown_upright_as_the_model_sees_it():
+    sideways = Image.new("RGB", (40, 20))
+    sideways.getexif()[ExifTags.Base.Orientation] = 6
+    assert picture_in(image_html(sideways)).size == (20, 40)
 
 
 def test_the_smaller_of_png_and_jpeg_is_used():

@@ -1,6 +1,8 @@
+import re
+
 import pytest
 
-from utils import settings
+from utils import memory, settings
 
 
 def test_four_profiles_and_the_default(monkeypatch):
@@ -25,3 +27,24 @@ def test_a_wrong_name_lists_the_right_ones(monkeypatch):
 def test_locate_finds_what_the_repository_ships_and_leaves_hub_names():
     assert settings.locate("embedded/model") == str(settings.ROOT / "embedded" / "model")
     assert settings.locate("HuggingFaceM4/idefics2-8b") == "HuggingFaceM4/idefics2-8b"
+
+
+@pytest.mark.parametrize(("profile", "device"), [("smolvlm", 15e9), ("qwen", 15e9), ("idefics2", 24e9)])
+def test_the_estimate_says_that_a_profile_fits_its_gpu_with_a_margin(profile, device):
+    chosen = settings.PROFILES[profile]
+    longest = memory.estimate(chosen, chosen.token_budget - memory.image_tokens(chosen))
+    assert sum(longest.values()) <= device - 1.5e9
+    assert chosen.batch_size * chosen.gradient_accumulation == 16
+
+
+def test_no_code_of_a_model_or_data_set_is_run():
+    files = [path for folder in ("utils", "notebooks", "embedded", "benchmarks") for path in (settings.ROOT / folder).glob("*.*")]
+    texts = {path.name: path.read_text() for path in files if path.suffix in (".py", ".ipynb")}
+    assert len(texts) > 30
+    assert not [name for name, text in texts.items() if "trust_remote_code" in text]
+
+
+def test_a_revision_is_a_branch_or_a_whole_commit():
+    for chosen in settings.PROFILES.values():
+        for revision in (chosen.model_revision, chosen.dataset_revision):
+            assert re.fullmatch(r"main|[0-9a-f]{40}", revision), revision

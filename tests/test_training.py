@@ -225,3 +225,18 @@ def test_every_argument_we_pass_exists_in_the_installed_libraries(profile, tmp_p
     }.items():
         assert set(names) <= set(inspect.signature(function).parameters)
     assert AutoProcessor.from_pretrained and AutoModelForImageTextToText.from_pretrained
+
+
+@pytest.mark.parametrize(
+    ("gpu", "variables", "place"),
+    [
+        (False, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None),
+        (True, {"WORLD_SIZE": "1"}, "auto"),
+        (True, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"": 1}),
+    ],
+)
+def test_each_process_puts_its_model_on_its_own_gpu(gpu, variables, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert models.device_map() == place

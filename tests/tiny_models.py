@@ -76,14 +76,35 @@ CONFIGS = {
     },
     "gemma3": {"text_config": text_config(**GEMMA), "vision_config": SIGLIP, "mm_tokens_per_image": 4},
     "paligemma": {"text_config": text_config(model_type="gemma"), "vision_config": SIGLIP, "projection_dim": WIDTH},
+    "llava_onevision": {
+        "text_config": text_config(model_type="qwen2"),
+        "vision_config": SIGLIP,
+        "image_grid_pinpoints": [[height, width] for height in (SIDE, 2 * SIDE) for width in (SIDE, 2 * SIDE)],
+    },
+    "mllama": {
+        "text_config": text_config(cross_attention_layers=[1], rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}),
+        "vision_config": vision_config(
+            attention_heads=4, num_global_layers=1, intermediate_layers_indices=[0], vision_output_dim=2 * WIDTH, max_num_tiles=4
+        ),
+    },
+    "llama4": {
+        "text_config": text_config(intermediate_size_mlp=64, num_local_experts=2, interleave_moe_layer_step=2),
+        "vision_config": vision_config(
+            vision_output_dim=WIDTH, projector_input_dim=WIDTH, projector_output_dim=WIDTH, intermediate_size=4 * WIDTH
+        ),
+    },
 }
-FAMILIES = [family for family in CONFIGS if family != "paligemma"]  # those whose answers can share a row
+TWO_ROWS = {"paligemma", "llava_onevision", "mllama", "llama4"}
+FAMILIES = [family for family in CONFIGS if family not in TWO_ROWS]  # those whose answers can share a row
 
 
-def tiny_model(family, seed=0, attention="sdpa", **text_changes):
-    """A model of the family with weights large enough for log-probabilities between about -20 and 0; the same for the same seed."""
+def tiny_model(family, seed=0, attention="sdpa", tokens=None, **text_changes):
+    """A model of the family with weights large enough for log-probabilities between about -20 and 0; the same for the same seed.
+
+    `tokens`: ids that the configuration holds beside those of its text part, such as that of an image token.
+    """
     torch.manual_seed(seed)
-    settings = dict(CONFIGS[family], image_token_id=IMAGE)
+    settings = CONFIGS[family] | (tokens or {"image_token_id": IMAGE})
     settings["text_config"] = settings["text_config"] | text_changes
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **settings), attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)

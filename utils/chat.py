@@ -1,8 +1,9 @@
 """From a preference pair to a conversation, to rendered text, to tokens; and the checks that all of it is right."""
 
-from datasets import Dataset
+from datasets import Dataset, Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from utils.images import read, upright_rgb
 from utils.preferences import REQUIRED_COLUMNS, require_columns
 
 
@@ -26,22 +27,38 @@ def conversation(row):
 
 
 def format_dataset(dataset):
-    """Rows for `DPOTrainer`: `image`, and `prompt`, `chosen`, `rejected` as messages.
+    """Rows for `DPOTrainer`: `image` (upright, RGB), and `prompt`, `chosen`, `rejected` as messages.
 
-    The messages are made when a row is read, so no image is decoded, re-encoded or written, whatever the size or the order of
+    All of it is made when a row is read, so no image is decoded, re-encoded or written, whatever the size or the order of
     `dataset`: also after `shuffle` and `select` (where re-attaching a column would rewrite every image), also when it streams.
+    A row whose image cannot be read, or has too many pixels, raises ValueError then.
     """
     require_columns(dataset.column_names, "the data set to format")
-    columns = dataset.select_columns(REQUIRED_COLUMNS)
+    columns = dataset.select_columns(REQUIRED_COLUMNS).cast_column("image", Image(decode=False))  # `read` decodes
     if isinstance(dataset, Dataset):
         return columns.rename_column("question", "prompt").with_transform(with_messages)
-    return columns.map(conversation, remove_columns=["question"])  # streaming, `rename_column` would encode every image anew
+    return columns.map(streamed, with_indices=True, remove_columns=["question"])  # `rename_column` would encode every image anew
 
 
 def with_messages(batch):
-    """A batch of columns with its texts as messages."""
+    """A batch of columns with its images decoded and its texts as messages."""
     make = {"prompt": prompt_messages, "chosen": answer_messages, "rejected": answer_messages}
-    return batch | {name: [make[name](text) for text in batch[name]] for name in make if name in batch}
+    messages = {name: [make[name](text) for text in batch[name]] for name in make if name in batch}
+    if "image" in batch:
+        questions = batch.get("prompt") or [None] * len(batch["image"])
+        messages["image"] = [read(image, named(image, question)) for image, question in zip(batch["image"], questions, strict=True)]
+    return batch | messages
+
+
+def streamed(row, number):
+    """The same for row `number` of a stream."""
+    return conversation(row) | {"image": read(row["image"], f"row {number}: {named(row['image'], row['question'])}")}
+
+
+def named(image, question):
+    """What an error calls an image: the name of its file and its question, where they are known."""
+    path = image.get("path") if isinstance(image, dict) else None
+    return f"the image{f' {path}' if path else ''}{f' of the question {question!r}' if question else ''}"
 
 
 def render(row, processor):
@@ -67,9 +84,11 @@ def training_batch(rows, processor):
 
 
 def inference_batch(images, questions, processor):
-    """Prompts for `generate`: one image and one question a row, padded on the left, ending where the answer begins."""
+    """Prompts for `generate`: one image and one question a row, padded on the left, ending where the answer begins.
+
+    Images in any mode, seen as in training (`images.upright_rgb`)."""
     texts = [processor.apply_chat_template(prompt_messages(q), add_generation_prompt=True, tokenize=False) for q in questions]
-    nested = [[image] for image in images]
+    nested = [[upright_rgb(image, f"image {number}")] for number, image in enumerate(images)]
     return processor(images=nested, text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
 
 
@@ -94,6 +113,8 @@ def token_kinds(row, processor):
 
 def image_token_id(processor):
     """The id that stands for a piece of an image in `input_ids`."""
+    if getattr(processor.tokenizer, "image_token_id", None) is not None:  # Gemma 3's processor names the start of an image instead
+        return processor.tokenizer.image_token_id
     if getattr(processor, "image_token_id", None) is not None:
         return processor.image_token_id
     return processor.tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -136,8 +157,16 @@ def within_budget(dataset, processor, token_budget):
 
     a cut inside the image tokens stops training with an error, a cut inside an answer teaches the model not to stop.
     """
-    too_long = [number for number, row in enumerate(dataset) if count_tokens(row, processor) > token_budget]
+    too_long = [number for number in range(len(dataset)) if count_tokens(row_at(dataset, number), processor) > token_budget]
     if not too_long:
         return dataset, []
     dropped = set(too_long)
     return dataset.select([number for number in range(len(dataset)) if number not in dropped]), too_long
+
+
+def row_at(dataset, number):
+    """`dataset[number]`; what is wrong with its image is said with the number."""
+    try:
+        return dataset[number]
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error

@@ -16,6 +16,8 @@ import ipywidgets
 from IPython.display import display
 from PIL import Image
 
+from utils.images import upright_rgb
+
 TEXT_CELL = "text-align:left;vertical-align:top;padding:0.5em 0.8em;line-height:1.45"
 PICTURE_CELL = "vertical-align:top;padding:0.5em 0.8em"
 MARKS = {"ins": "background:rgba(0,158,115,0.28)", "del": "background:rgba(213,94,0,0.28)"}
@@ -35,12 +37,12 @@ def text_html(text):
 
 def image_html(image, width=216, alt=""):
     """An <img>, `width` pixels wide, that holds the PIL `image` itself; `image` is not changed.
-
-    Shown in RGB, as a model sees it, and as PNG or JPEG, whichever is smaller. Raises TypeError for anything but a PIL image.
+    Shown upright and in RGB, as a model sees it, and as PNG or JPEG, whichever is smaller. Raises TypeError for anything but a PIL
+    image, ValueError for one that `images.upright_rgb` refuses.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"a PIL image is needed, not {type(image).__name__}: decode the column, cast_column('image', datasets.Image())")
-    shown = image.convert("RGB")
+    shown = upright_rgb(image)
     if shown.width > width:
         shown = shown.resize((width, max(1, round(shown.height * width / shown.width))), Image.Resampling.LANCZOS)
     files = {}
@@ -48,8 +50,7 @@ def image_html(image, width=216, alt=""):
         file = io.BytesIO()
         shown.save(file, kind)
         files[kind] = file.getvalue()
-    kind = min(files, key=lambda name: len(files[name]))
-    data = base64.b64encode(files[kind]).decode()
+    data = base64.b64encode(files[kind := min(files, key=lambda name: len(files[name]))]).decode()
     # Jupyter's max-width of 100 % would let a table squeeze the picture to nothing.
     return f'<img alt="{escape(alt, quote=True)}" width="{width}" style="max-width:none" src="data:image/{kind};base64,{data}">'
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from utils.models import part_of
+from utils.pixel_budget import seen, square_side
 from utils.settings import EMBEDDED_MODEL, ROOT
 
 PRECISIONS = ("fp32", "bf16", "nf4")
@@ -63,27 +64,14 @@ def training_states(weights, trainable, state_bytes=4, reference=0):
 
 
 def image_side(settings):
-    """The longest edge in pixels that the profile's `processor_arguments` allow; the vision tower's own where they say nothing."""
-    budget = settings.processor_arguments
-    if "max_pixels" in budget:
-        return math.isqrt(budget["max_pixels"])
-    return budget["size"]["longest_edge"] if "size" in budget else architecture(settings.model).config.vision_config.image_size
+    """Edge in pixels of a square image as large as the profile's pixel budget."""
+    return square_side(settings.pixel_budget)
 
 
 def image_tokens(settings, side=None):
-    """How many tokens a square image of `side` pixels (by default the profile's) becomes, without the few that mark its tiles.
-    Qwen2.5-VL: one for each 28 × 28 pixels. Idefics2: 64 whatever the size, five times that if split. Idefics3 (SmolVLM): 81
-    for each tile and for the whole. Raises ValueError for an architecture whose rule is not written here."""
-    config, side = architecture(settings.model).config, side or image_side(settings)
-    vision, split = config.vision_config, settings.processor_arguments.get("do_image_splitting", True)
-    if config.model_type == "qwen2_5_vl":
-        return max(1, side // (vision.patch_size * vision.spatial_merge_size)) ** 2
-    if config.model_type == "idefics2":
-        return config.perceiver_config.resampler_n_latents * (5 if split else 1)
-    if config.model_type == "idefics3":
-        tiles = math.ceil(side / vision.image_size) ** 2
-        return (vision.image_size // vision.patch_size // config.scale_factor) ** 2 * (tiles + 1 if split and tiles > 1 else 1)
-    raise ValueError(f"how {config.model_type} turns pixels into tokens is not known: add its rule to image_tokens")
+    """How many tokens a square image becomes that fills a budget of `side` × `side` pixels, by default the profile's, without the
+    few that mark its tiles."""
+    return seen(architecture(settings.model).config, side**2 if side else settings.pixel_budget)[0]
 
 
 def layer_bytes(text, rows, tokens, rank, compute_bytes):

@@ -1,12 +1,25 @@
 """The model and its processor: loaded in 4 bit, with or without a tuned adapter, and what part of it trains."""
 
+import os
+from dataclasses import replace
+
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from utils.chat import answer_messages, prompt_messages
+from utils.pixel_budget import limit, limit_tiles
 from utils.preferences import verify_embedded
 from utils.settings import EMBEDDED_MODEL, locate
+
+# Jinja: what the template writes for the question, then the answer, then what the template writes after the answer.
+AFTER_GENERATION_PROMPT = (
+    "{% macro written(messages, add_generation_prompt) %}TEMPLATE{% endmacro %}"
+    "{% if messages[-1]['role'] == 'assistant' and messages | length > 1 %}{% set answer = messages[-1]['content'][0]['text'] %}"
+    "{{ written(messages[:-1], true) }}{{ answer }}{{ written(messages, false).rpartition(answer)[2] }}"
+    "{% else %}{{ written(messages, add_generation_prompt) }}{% endif %}"
+)
 
 
 def compute_dtype():
@@ -16,11 +29,47 @@ def compute_dtype():
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def device_map():
+    """Where this process puts its model: on its own GPU where several train, else on whatever GPUs it fits; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return {"": int(os.environ.get("LOCAL_RANK", 0))} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "auto"
+
+
 def load_processor(settings):
-    """Tokenizer, image processor and chat template of the profile's model."""
+    """Tokenizer, image processor and chat template of the profile's model. ValueError when it has no chat template."""
     if settings.model == EMBEDDED_MODEL:
         verify_embedded("model")
-    return AutoProcessor.from_pretrained(locate(settings.model), revision=settings.model_revision, **settings.processor_arguments)
+    source = {"pretrained_model_name_or_path": locate(settings.model), "revision": settings.model_revision}
+    processor = limit(AutoProcessor.from_pretrained(**source), AutoConfig.from_pretrained(**source), settings.pixel_budget)
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"{settings.model} has no chat template: it was not made to answer questions; choose its instruction-tuned variant"
+        )
+    return complete_template(processor)
+
+
+def complete_template(processor):
+    """Mend a chat template that serves for asking but not for training. Returns `processor`.
+
+    - LLaVA-OneVision's writes a space before an answer that its generation prompt does not have, so that training and
+      inference prompts differ: the answer now follows the generation prompt.
+    - LLaVA 1.5's writes no token at the end of an answer, so that nothing would teach the model to stop: the tokenizer's
+      end-of-sequence token is added.
+    - Idefics2's and LLaVA's leave the first token of a text to the tokenizer, which TRL asks to add none: now they write it.
+    """
+    question, answer = prompt_messages("q"), answer_messages("An answer.")
+    prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    whole = processor.apply_chat_template(question + answer, tokenize=False)
+    if not whole.startswith(prompt):
+        processor.chat_template = AFTER_GENERATION_PROMPT.replace("TEMPLATE", processor.chat_template)
+    tokenizer = processor.tokenizer
+    end = tokenizer(whole.rpartition("An answer.")[2], add_special_tokens=False)["input_ids"]
+    if not set(end) & tokenizer.added_tokens_decoder.keys():
+        processor.chat_template += "{% if messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    if tokenizer("q")["input_ids"][0] == tokenizer.bos_token_id and not prompt.startswith(tokenizer.bos_token):
+        processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    return processor
 
 
 def load_model(settings):
@@ -33,6 +82,7 @@ def load_model(settings):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,  # FSDP shares out floats only
         llm_int8_skip_modules=list(settings.keep_in_full_precision),
     )
     model = AutoModelForImageTextToText.from_pretrained(
@@ -40,10 +90,10 @@ def load_model(settings):
         revision=settings.model_revision,
         dtype=dtype,
         quantization_config=four_bit if settings.four_bit else None,
-        device_map="auto" if torch.cuda.is_available() else None,
+        device_map=device_map(),
     )
     model.requires_grad_(False)
-    return keep_gradients_flowing(model)
+    return keep_gradients_flowing(limit_tiles(model, settings.pixel_budget))
 
 
 def keep_gradients_flowing(model):
@@ -61,6 +111,14 @@ def keep_gradients_flowing(model):
 def load_tuned(settings, adapter):
     """The base model with the saved adapter on it; `model.disable_adapter()` gives the base back."""
     return PeftModel.from_pretrained(load_model(settings), str(adapter))
+
+
+def load_merged(settings, adapter):
+    """An ordinary model in 16 or 32 bit with the saved adapter added to its weights; `save_pretrained` writes it as a checkpoint.
+
+    Merging into the 4-bit weights instead would round the sum to 4 bit again.
+    """
+    return load_tuned(replace(settings, four_bit=False), adapter).merge_and_unload()
 
 
 def trainable_by_part(model):

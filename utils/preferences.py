@@ -10,6 +10,7 @@ from statistics import mean
 from datasets import Image, load_dataset
 from PIL import Image as PillowImage
 
+from utils.images import BOMBS, read
 from utils.settings import EMBEDDED_DATASET, ROOT, locate
 
 TEXT_COLUMNS = ["question", "chosen", "rejected"]
@@ -62,7 +63,7 @@ def digest(data):
 
 def image_bytes(dataset):
     """The stored bytes of every image, not decoded. A row whose image is a path is read from there; None where there is nothing."""
-    for row in dataset.select_columns(["image"]).cast_column("image", Image(decode=False)):
+    for row in dataset.with_format(None).select_columns(["image"]).cast_column("image", Image(decode=False)):
         stored = row["image"] or {}
         path = Path(stored.get("path") or "")
         yield stored.get("bytes") or (path.read_bytes() if path.is_file() else None)
@@ -78,8 +79,8 @@ def check(dataset, held_out=None):
     """What is wrong with `dataset`: {problem: [row numbers]}, empty when nothing is.
 
     Problems: "missing column <name>" (no rows), "empty <column>", "chosen equals rejected", "duplicate pair",
-    "unreadable image", "preferred both ways" (the same two answers, the other way round), "image also held out"
-    (its bytes occur in `held_out` too).
+    "unreadable image", "image too large" (`images.read` refuses it), "preferred both ways" (the same two answers, the
+    other way round), "image also held out" (its bytes occur in `held_out` too).
     """
     missing = {f"missing column {column}": [] for column in REQUIRED_COLUMNS if column not in dataset.column_names}
     if missing:
@@ -100,20 +101,13 @@ def check(dataset, held_out=None):
         if pair in first_seen:
             problems["duplicate pair"].append(number)
         first_seen.setdefault(pair, number)
-        if not _readable(data):
-            problems["unreadable image"].append(number)
+        try:
+            read({"bytes": data or b"", "path": None})
+        except ValueError as error:
+            problems["image too large" if isinstance(error.__cause__, BOMBS) else "unreadable image"].append(number)
         if name in elsewhere:
             problems["image also held out"].append(number)
     return dict(problems)
-
-
-def _readable(data):
-    try:
-        with PillowImage.open(io.BytesIO(data or b"")) as image:
-            image.load()
-        return image.width > 0 and image.height > 0
-    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError):
-        return False
 
 
 def describe(dataset):

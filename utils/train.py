@@ -1,9 +1,12 @@
-"""The command line: python -m utils.train --profile NAME --output DIR [--max-steps N] [--resume] [--no-shared-prefix]"""
+"""The command line: python -m utils.train --profile NAME --output DIR [--max-steps N] [--resume] [--no-shared-prefix] [--no-preflight]"""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from utils import chat, models, preferences, settings, training
+from utils.preflight import FAILED, as_text
 
 
 def parse(arguments=None):
@@ -12,12 +15,15 @@ def parse(arguments=None):
     parser.add_argument("--output", type=Path, help="folder for adapter/, training.json and checkpoints; default: runs/<profile>")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many optimizer steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--preflight", action=argparse.BooleanOptionalAction, default=True, help="train only if every check passes")
     parser.add_argument("--shared-prefix", action=argparse.BooleanOptionalAction, help="each image and prompt once, or TRL's own trainer")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     options = parse(arguments)
+    if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
         profile = settings.load(options.profile)
     except ValueError as error:
@@ -30,6 +36,11 @@ def main(arguments=None):
     output = options.output or settings.run_folder(profile)
     changes = {"max_steps": options.max_steps, "shared_prefix": options.shared_prefix}
     trainer = training.make_trainer(profile, models.load_model(profile), processor, pairs, output, **changes)
+    if options.preflight:
+        rows = training.preflight(trainer)
+        print(as_text(rows), flush=True)
+        if failed := [row["check"] for row in rows if row["result"] == FAILED]:
+            raise SystemExit(f"nothing was trained: preflight failed at {', '.join(failed)}. --no-preflight trains all the same")
     record = training.train(trainer, profile, resume=options.resume)
     speed = f"{record['seconds']:.0f} s, {record['pairs_per_second']:.1f} pairs per second"
     print(f"{record['steps']} steps in {speed}; adapter in {output / 'adapter'}")

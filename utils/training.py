@@ -1,18 +1,22 @@
 """QLoRA DPO with TRL: an adapter on the language model, the trainer, resuming and saving."""
 
 import json
+import math
+import os
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from utils import versions
 from utils.models import compute_dtype
+from utils.preflight import preflight as preflight  # `training.preflight(trainer)`, before `train`
 from utils.shared_prefix import SharedPrefixDPOTrainer
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -29,6 +33,19 @@ def lora_config(settings):
     )
 
 
+def share_of_batch(settings, processes):
+    """(Pairs at a time, how many times a step) of each of `processes`: a step takes as many pairs as one process alone would take,
+    so that learning rate and steps stay right however many there are. ValueError when the pairs cannot be shared evenly."""
+    pairs = settings.batch_size * settings.gradient_accumulation
+    if pairs % processes:
+        raise ValueError(
+            f"a step takes {pairs} pairs (batch_size × gradient_accumulation), which {processes} processes cannot share evenly: "
+            f"start as many as divide {pairs}, or change the profile in utils/settings.py"
+        )
+    at_a_time = math.gcd(settings.batch_size, pairs // processes)  # never more than the profile says one device holds
+    return at_a_time, pairs // processes // at_a_time
+
+
 def dpo_config(settings, output, **changes):
     """The profile's `DPOConfig`; `changes` are arguments of `DPOConfig` that replace the profile's.
 
@@ -36,14 +53,15 @@ def dpo_config(settings, output, **changes):
     fine-tuning and leaves an adapter where it is.
     """
     dtype = compute_dtype()
+    batch_size, accumulation = share_of_batch(settings, int(os.environ.get("WORLD_SIZE", 1)))  # set by `accelerate launch`
     arguments = {
         "output_dir": str(output),
         "beta": settings.beta,
         "learning_rate": settings.learning_rate,
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "lr_scheduler_type": "cosine",
         "warmup_steps": settings.warmup_steps,
@@ -54,6 +72,7 @@ def dpo_config(settings, output, **changes):
         "logging_steps": settings.logging_steps,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,  # TRL's True is for batches without images; here every batch uses the whole adapter
         "report_to": "none",
         "seed": settings.seed,
     }
@@ -69,8 +88,11 @@ def make_trainer(
     `model` must not carry an adapter yet (ValueError: wrapped twice, "base" answers would be an adapter's), unless
     `continue_adapter` says that the one from `load_tuned` is to be trained on; the reference is then a frozen copy of it
     ("ref"). TRL casts the adapter of a 4-bit model to bfloat16, where small updates vanish in rounding; here it is kept in
-    float32, and what the cast rounded off a continued one is given back.
+    float32, and what the cast rounded off a continued one is given back. A stream (`train` of type `IterableDataset`) needs
+    `max_steps`, and begins again where it ends.
     """
+    if isinstance(train, IterableDataset):
+        train = train.repeat(None)  # transformers counts its batches but not its passes: resumed in the second, it would start that over
     if continue_adapter:
         if not isinstance(model, PeftModel) or list(model.peft_config) != ["default"]:
             raise ValueError("continue_adapter=True needs a model with one adapter: load it with load_tuned(settings, folder)")
@@ -90,6 +112,7 @@ def make_trainer(
         peft_config=None if continue_adapter else lora_config(settings),
         callbacks=callbacks,
     )
+    trainer.settings = settings  # for preflight
     if trainer.args.disable_tqdm:  # without a bar transformers prints every log entry instead
         trainer.remove_callback(PrinterCallback)
     for name, parameter in trainer.model.named_parameters():
@@ -117,10 +140,11 @@ def train(trainer, settings, resume=False):
     start, first_step = time.perf_counter(), 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
-    trainer.save_model(str(output / "adapter"))
-    shutil.rmtree(output / "adapter" / "ref", ignore_errors=True)  # the reference of a continued adapter is the one it began with
+    trainer.save_model(str(output / "adapter"))  # by every process, because it may have to be put together; the first one writes
     pairs_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    pairs = min(steps * pairs_per_step, round(len(trainer.train_dataset) * max(1, trainer.state.epoch or 1)))
+    pairs, rows = steps * pairs_per_step, trainer.train_dataset
+    if not isinstance(rows, IterableDataset):  # the last step of a pass may have fewer
+        pairs = min(pairs, round(len(rows) * max(1, trainer.state.epoch or 1)))
     log = trainer.state.log_history
     record = {
         "steps": steps,
@@ -132,5 +156,7 @@ def train(trainer, settings, resume=False):
         "versions": versions(*LIBRARIES),
         "settings": asdict(settings),
     }
-    (output / "training.json").write_text(json.dumps(record, indent=1))
+    if trainer.is_world_process_zero():
+        shutil.rmtree(output / "adapter" / "ref", ignore_errors=True)  # the reference of a continued adapter is the one it began with
+        (output / "training.json").write_text(json.dumps(record, indent=1))
     return record
