@@ -45,7 +45,7 @@ def main(notebooks):
     python = folder / "venv" / "bin" / "python"
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    subprocess.run([sys.executable, "-m", "uv", "pip", "install", "-q", "--python", python, "-r", PREINSTALLED], check=True)
+    subprocess.run([sys.executable, "-m", "uv", "--no-config", "pip", "install", "-q", "--python", python, "-r", PREINSTALLED], check=True)
     pip(python, "install", "-q", "-r", ROOT / "requirements-colab.txt")
     differences = changed(preinstalled(), installed(python))
     print("changed by requirements-colab.txt:", *(f"{name} {old} → {new}" for name, (old, new) in differences.items()), flush=True)
