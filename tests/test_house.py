@@ -42,6 +42,7 @@ LAYERS = [
     "trial_step",
     "trainer_checks",
     "preflight",
+    "checkpoints",
     "training",
     "rewards",
     "share",

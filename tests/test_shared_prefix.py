@@ -633,3 +633,4 @@ if __name__ == "__main__":
         if trainer.accelerator.is_main_process:
             with open(f"{sys.argv[1]}/{kind.__name__}.json", "w") as file:
                 json.dump(logged(trainer), file)
+    trainer.accelerator.end_training()  # a process may otherwise abort as it exits

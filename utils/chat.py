@@ -4,26 +4,29 @@ from datasets import Dataset, Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from utils.images import read, upright_rgb
-from utils.preferences import REQUIRED_COLUMNS, require_columns
+from utils.preferences import REQUIRED_COLUMNS, refuse_special_tokens, require_columns, require_types, special_tokens
 
 
 def prompt_messages(question):
-    """The user's turn: the image, then the question."""
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    """The user's turn: the image, then the question. ValueError when that is no text."""
+    return [{"role": "user", "content": [{"type": "image"}, text_part(question, "the question")]}]
 
 
-def answer_messages(answer):
-    """The assistant's turn."""
-    return [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+def answer_messages(answer, name="the answer"):
+    """The assistant's turn. ValueError with `name` when the answer is no text."""
+    return [{"role": "assistant", "content": [text_part(answer, name)]}]
+
+
+def text_part(text, name):
+    if not isinstance(text, str):  # a template would write None as the word "None"
+        raise ValueError(f"{name} is {type(text).__name__}, not text: drop the row; preferences.check lists all such rows")
+    return {"type": "text", "text": text}
 
 
 def conversation(row):
     """The texts of one row as messages: what `DPOTrainer` takes beside the images."""
-    return {
-        "prompt": prompt_messages(row["question"]),
-        "chosen": answer_messages(row["chosen"]),
-        "rejected": answer_messages(row["rejected"]),
-    }
+    answers = {name: answer_messages(row[name], named(f"{name} answer", row["question"])) for name in ("chosen", "rejected")}
+    return {"prompt": prompt_messages(row["question"])} | answers
 
 
 def format_dataset(dataset):
@@ -31,9 +34,10 @@ def format_dataset(dataset):
 
     All of it is made when a row is read, so no image is decoded, re-encoded or written, whatever the size or the order of
     `dataset`: also after `shuffle` and `select` (where re-attaching a column would rewrite every image), also when it streams.
-    A row whose image cannot be read, or has too many pixels, raises ValueError then.
+    A row whose image cannot be read, or has too many pixels, or that lacks a text, raises ValueError then.
     """
     require_columns(dataset.column_names, "the data set to format")
+    require_types(dataset.features, "the data set to format")
     columns = dataset.select_columns(REQUIRED_COLUMNS).cast_column("image", Image(decode=False))  # `read` decodes
     if isinstance(dataset, Dataset):
         return columns.rename_column("question", "prompt").with_transform(with_messages)
@@ -42,23 +46,28 @@ def format_dataset(dataset):
 
 def with_messages(batch):
     """A batch of columns with its images decoded and its texts as messages."""
-    make = {"prompt": prompt_messages, "chosen": answer_messages, "rejected": answer_messages}
-    messages = {name: [make[name](text) for text in batch[name]] for name in make if name in batch}
-    if "image" in batch:
-        questions = batch.get("prompt") or [None] * len(batch["image"])
-        messages["image"] = [read(image, named(image, question)) for image, question in zip(batch["image"], questions, strict=True)]
-    return batch | messages
+    questions = batch.get("prompt") or [None] * max(map(len, batch.values()), default=0)
+    make = {
+        "prompt": lambda text, _: prompt_messages(text),
+        "chosen": lambda text, question: answer_messages(text, named("chosen answer", question)),
+        "rejected": lambda text, question: answer_messages(text, named("rejected answer", question)),
+        "image": lambda image, question: read(image, named("image", question, image)),
+    }
+    return batch | {name: [make[name](*pair) for pair in zip(batch[name], questions, strict=True)] for name in make if name in batch}
 
 
 def streamed(row, number):
     """The same for row `number` of a stream."""
-    return conversation(row) | {"image": read(row["image"], f"row {number}: {named(row['image'], row['question'])}")}
+    try:
+        return conversation(row) | {"image": read(row["image"], named("image", row["question"], row["image"]))}
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
 
 
-def named(image, question):
-    """What an error calls an image: the name of its file and its question, where they are known."""
-    path = image.get("path") if isinstance(image, dict) else None
-    return f"the image{f' {path}' if path else ''}{f' of the question {question!r}' if question else ''}"
+def named(part, question, stored=None):
+    """What an error calls a part of a row: with its question, and the name of the file that is `stored`, where they are known."""
+    path = stored.get("path") if isinstance(stored, dict) else None
+    return f"the {part}{f' {path}' if path else ''}{f' of the question {question[:80]!r}' if question else ''}"
 
 
 def render(row, processor):
@@ -79,15 +88,26 @@ def render(row, processor):
 
 
 def training_batch(rows, processor):
-    """What `DPOTrainer` feeds the model for `rows` of `format_dataset`: its own collator, chosen rows first, then rejected."""
+    """What `DPOTrainer` feeds the model for `rows` of `format_dataset`: its own collator, chosen rows first, then rejected.
+
+    ValueError when a text holds a special token of the model."""
+    tokens = special_tokens(processor)
+    for name, text in ((name, row[name][-1]["content"][-1]["text"]) for row in rows for name in ("prompt", "chosen", "rejected")):
+        refuse_special_tokens(tokens, text, name)
     return DataCollatorForVisionPreference(processor)([dict(row) for row in rows])
 
 
 def inference_batch(images, questions, processor):
     """Prompts for `generate`: one image and one question a row, padded on the left, ending where the answer begins.
 
-    Images in any mode, seen as in training (`images.upright_rgb`)."""
-    texts = [processor.apply_chat_template(prompt_messages(q), add_generation_prompt=True, tokenize=False) for q in questions]
+    Images in any mode, seen as in training (`images.upright_rgb`). ValueError unless each has its question, or when a question
+    holds a special token of the model."""
+    if not images or len(images) != len(questions):
+        raise ValueError(f"{len(images)} images and {len(questions)} questions: give one image, or more, and one question for each")
+    messages, tokens = [prompt_messages(question) for question in questions], special_tokens(processor)
+    for question in questions:
+        refuse_special_tokens(tokens, question, "question")
+    texts = [processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False) for message in messages]
     nested = [[upright_rgb(image, f"image {number}")] for number, image in enumerate(images)]
     return processor(images=nested, text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
 
@@ -156,17 +176,20 @@ def within_budget(dataset, processor, token_budget):
     """(`dataset` without the rows longer than `token_budget`, the numbers of the rows dropped). Nothing is truncated:
 
     a cut inside the image tokens stops training with an error, a cut inside an answer teaches the model not to stop.
+    ValueError with its number for a row that cannot be read or holds a special token, and when no row is left.
     """
-    too_long = [number for number in range(len(dataset)) if count_tokens(row_at(dataset, number), processor) > token_budget]
+    too_long = [number for number in range(len(dataset)) if tokens_at(dataset, number, processor) > token_budget]
+    if len(too_long) == len(dataset):
+        raise ValueError(f"of {len(dataset)} rows none is within the budget of {token_budget} tokens: raise token_budget, or take others")
     if not too_long:
         return dataset, []
     dropped = set(too_long)
     return dataset.select([number for number in range(len(dataset)) if number not in dropped]), too_long
 
 
-def row_at(dataset, number):
-    """`dataset[number]`; what is wrong with its image is said with the number."""
+def tokens_at(dataset, number, processor):
+    """`count_tokens` of row `number`; what is wrong with it is said with the number."""
     try:
-        return dataset[number]
+        return count_tokens(dataset[number], processor)
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from error

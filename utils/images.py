@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 from datasets import Image as ImageFeature
-from PIL import ExifTags, ImageOps
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PillowImage
 
 BOMBS = (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning)
@@ -15,14 +15,19 @@ def read(stored, name="the image"):
     """The image of a row, stored as {"bytes", "path"} or decoded already, as `upright_rgb` has it; of an animation the first frame.
 
     Raises ValueError, with `name` in it, for what cannot be read and for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`
-    (a small file may unpack to gigabytes): the header says so before a pixel is decoded.
+    (a small file may unpack to gigabytes): the header says so before a pixel is decoded. Nothing is downloaded.
     """
+    path = stored.get("path") if isinstance(stored, dict) and not stored.get("bytes") else None
+    if str(path).startswith(("http://", "https://")):
+        raise ValueError(f"{name} cannot be read: {path} is an address; download the image first")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PillowImage.DecompressionBombWarning)
             image = ImageFeature().decode_example(stored)
     except BOMBS as error:
         raise ValueError(f"{name} is too large: {error} {SMALLER}") from error
+    except UnidentifiedImageError as error:  # its own words name a place in memory
+        raise ValueError(f"{name} cannot be read: its bytes are not an image file that Pillow knows") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     return upright_rgb(image, name)

@@ -1,11 +1,15 @@
 """The model and its processor: loaded in 4 bit, with or without a tuned adapter, and what part of it trains."""
 
 import os
+import warnings
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from utils.chat import answer_messages, prompt_messages
@@ -36,12 +40,31 @@ def device_map():
     return {"": int(os.environ.get("LOCAL_RANK", 0))} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "auto"
 
 
+@contextmanager
+def loading(settings):
+    """Within it, an error says which model could not be loaded, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{settings.model} does not fit on this GPU: {error} What helps: four_bit=True, no other notebook on the GPU, or the profile "
+            "of a smaller model; notebook 04 estimates what each needs"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"{settings.model}, revision {settings.model_revision} cannot be loaded: {error} What helps: check the profile's model and "
+            "model_revision, and the network; without it only the embedded model loads, and what the cache holds"
+        ) from error
+
+
 def load_processor(settings):
     """Tokenizer, image processor and chat template of the profile's model. ValueError when it has no chat template."""
     if settings.model == EMBEDDED_MODEL:
         verify_embedded("model")
     source = {"pretrained_model_name_or_path": locate(settings.model), "revision": settings.model_revision}
-    processor = limit(AutoProcessor.from_pretrained(**source), AutoConfig.from_pretrained(**source), settings.pixel_budget)
+    with loading(settings):
+        processor, config = AutoProcessor.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+    processor = limit(processor, config, settings.pixel_budget)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             f"{settings.model} has no chat template: it was not made to answer questions; choose its instruction-tuned variant"
@@ -85,13 +108,14 @@ def load_model(settings):
         bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,  # FSDP shares out floats only
         llm_int8_skip_modules=list(settings.keep_in_full_precision),
     )
-    model = AutoModelForImageTextToText.from_pretrained(
-        locate(settings.model),
-        revision=settings.model_revision,
-        dtype=dtype,
-        quantization_config=four_bit if settings.four_bit else None,
-        device_map=device_map(),
-    )
+    with loading(settings):
+        model = AutoModelForImageTextToText.from_pretrained(
+            locate(settings.model),
+            revision=settings.model_revision,
+            dtype=dtype,
+            quantization_config=four_bit if settings.four_bit else None,
+            device_map=device_map(),
+        )
     model.requires_grad_(False)
     return keep_gradients_flowing(limit_tiles(model, settings.pixel_budget))
 
@@ -109,8 +133,22 @@ def keep_gradients_flowing(model):
 
 
 def load_tuned(settings, adapter):
-    """The base model with the saved adapter on it; `model.disable_adapter()` gives the base back."""
-    return PeftModel.from_pretrained(load_model(settings), str(adapter))
+    """The base model with the saved adapter on it; `model.disable_adapter()` gives the base back.
+
+    FileNotFoundError when one of its two files is missing, ValueError when they are damaged or belong to another model.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(adapter) / name).is_file():
+            raise FileNotFoundError(f"{Path(adapter) / name} is missing: train the adapter with notebook 05 or python -m utils.train")
+    model = load_model(settings)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would go on without them
+            return PeftModel.from_pretrained(model, str(adapter))
+    except (SafetensorError, RuntimeError, ValueError, UserWarning) as error:
+        found = " ".join(str(error)[:300].split())
+        advice = "take the checkpoint before, or train again; one trained on another model needs that profile"
+        raise ValueError(f"the adapter in {adapter} is damaged, or not one for {settings.model}: {found}. What helps: {advice}") from error
 
 
 def load_merged(settings, adapter):

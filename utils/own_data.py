@@ -58,9 +58,12 @@ def jsonl_rows(lines, problems):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=each_name_once)
         except json.JSONDecodeError as error:
             problems.append((number, f"not JSON: {error.msg}, at character {error.pos + 1}"))
+            continue
+        except (ValueError, RecursionError) as error:  # a name twice, a number of thousands of digits, brackets without end
+            problems.append((number, f"not a row: {str(error)[:100]}"))
             continue
         if not isinstance(row, dict):
             problems.append((number, f'not a JSON object: write {{"image": …, "question": …}}, not {line.strip()[:30]}'))
@@ -68,8 +71,21 @@ def jsonl_rows(lines, problems):
             problems.append((number, f"no {', '.join(missing)}; it has {', '.join(row)}"))
         elif other := [column for column in REQUIRED_COLUMNS if not isinstance(row[column], str)]:
             problems.append((number, f"{', '.join(other)} must be text in quotes"))
+        elif half := [column for column in REQUIRED_COLUMNS if not whole_characters(row[column])]:
+            problems.append((number, f"{', '.join(half)} holds half a character (\\ud800 to \\udfff without the other half)"))
         else:
             yield number, row
+
+
+def each_name_once(pairs):
+    """A JSON object as a dict. ValueError where it would lose a value: a name that comes twice."""
+    if twice := sorted({name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} more than once")
+    return dict(pairs)
+
+
+def whole_characters(text):
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def csv_rows(lines, problems):
@@ -79,6 +95,9 @@ def csv_rows(lines, problems):
         header = next(reader)
         if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
             problems.append((1, f"no column {', '.join(missing)}; it has {', '.join(header) or 'none'}"))
+            return
+        if twice := [column for column in REQUIRED_COLUMNS if header.count(column) > 1]:
+            problems.append((1, f"column {', '.join(twice)} more than once"))
             return
         end = reader.line_num
         for values in reader:
@@ -94,6 +113,9 @@ def csv_rows(lines, problems):
 def image_problem(folder, name):
     """What is wrong with the path `name`, or None."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return f"image {name!r} is not inside the folder"
-    return None if path.is_file() else f"no image {name!r} in the folder"
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"image {name!r} is not inside the folder"
+        return None if path.is_file() else f"no image {name!r} in the folder"
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL
+        return f"no image {name[:80]!r} in the folder"

@@ -41,9 +41,15 @@ def main(arguments=None):
         print(as_text(rows), flush=True)
         if failed := [row["check"] for row in rows if row["result"] == FAILED]:
             raise SystemExit(f"nothing was trained: preflight failed at {', '.join(failed)}. --no-preflight trains all the same")
-    record = training.train(trainer, profile, resume=options.resume)
+    try:
+        record = training.train(trainer, profile, resume=options.resume)
+    except (FileNotFoundError, ValueError) as error:
+        if not options.resume:
+            raise
+        raise SystemExit(f"cannot resume: {error}") from error
     speed = f"{record['seconds']:.0f} s, {record['pairs_per_second']:.1f} pairs per second"
     print(f"{record['steps']} steps in {speed}; adapter in {output / 'adapter'}")
+    trainer.accelerator.end_training()  # of several processes one may otherwise abort as it exits, seen with gloo
 
 
 if __name__ == "__main__":

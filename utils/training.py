@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from utils import versions
+from utils import checkpoints, versions
 from utils.models import compute_dtype
 from utils.preflight import preflight as preflight  # `training.preflight(trainer)`, before `train`
 from utils.shared_prefix import SharedPrefixDPOTrainer
@@ -103,14 +103,15 @@ def make_trainer(
         )
     set_seed(settings.seed)  # the adapter is made before the trainer seeds anything
     shared_prefix = settings.shared_prefix if shared_prefix is None else shared_prefix
+    arguments = dpo_config(settings, output, **changes)
     trainer = (SharedPrefixDPOTrainer if shared_prefix else DPOTrainer)(
         model=model,
-        args=dpo_config(settings, output, **changes),
+        args=arguments,
         train_dataset=train,
         eval_dataset=test,
         processing_class=processor,
         peft_config=None if continue_adapter else lora_config(settings),
-        callbacks=callbacks,
+        callbacks=[*(callbacks or []), checkpoints.Origin(checkpoints.origin(settings, arguments, train))],
     )
     trainer.settings = settings  # for preflight
     if trainer.args.disable_tqdm:  # without a bar transformers prints every log entry instead
@@ -122,25 +123,21 @@ def make_trainer(
     return trainer
 
 
-def last_checkpoint(output):
-    """The newest complete checkpoint in `output`, or None. The trainer writes `trainer_state.json` after everything large."""
-    complete = [path for path in Path(output).glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
 def train(trainer, settings, resume=False):
     """Train, then write `adapter/` and `training.json` into the trainer's output folder; returns what training.json holds.
 
-    `resume=True` goes on from the last checkpoint there; FileNotFoundError when there is none.
+    `resume=True` goes on from the last whole checkpoint there (`checkpoints.last_checkpoint`), to the same adapter, and stops with a
+    ValueError where that was made with other settings. Killed at any moment, this leaves a whole `adapter/` or none.
     """
-    output = Path(trainer.args.output_dir)
-    checkpoint = last_checkpoint(output) if resume else None
-    if resume and checkpoint is None:
-        raise FileNotFoundError(f"nothing to resume: {output} holds no complete checkpoint; train without --resume first")
-    start, first_step = time.perf_counter(), 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
+    output, checkpoint = Path(trainer.args.output_dir), None
+    if resume:
+        checkpoint = checkpoints.last_checkpoint(output)
+        checkpoints.check_origin(checkpoint, checkpoints.origin(settings, trainer.args, trainer.train_dataset))
+    start, first_step = time.perf_counter(), checkpoints.step(checkpoint) if checkpoint else 0
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
-    trainer.save_model(str(output / "adapter"))  # by every process, because it may have to be put together; the first one writes
+    saved = output / "adapter.new"
+    trainer.save_model(str(saved))  # by every process, because it may have to be put together; the first one writes
     pairs_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     pairs, rows = steps * pairs_per_step, trainer.train_dataset
     if not isinstance(rows, IterableDataset):  # the last step of a pass may have fewer
@@ -157,6 +154,9 @@ def train(trainer, settings, resume=False):
         "settings": asdict(settings),
     }
     if trainer.is_world_process_zero():
-        shutil.rmtree(output / "adapter" / "ref", ignore_errors=True)  # the reference of a continued adapter is the one it began with
-        (output / "training.json").write_text(json.dumps(record, indent=1))
+        shutil.rmtree(saved / "ref", ignore_errors=True)  # the reference of a continued adapter is the one it began with
+        (output / "training.json").unlink(missing_ok=True)  # an earlier run's never stands beside this one's adapter
+        checkpoints.put_in_place(saved, output / "adapter")
+        (output / "training.json.new").write_text(json.dumps(record, indent=1))
+        (output / "training.json.new").rename(output / "training.json")
     return record
