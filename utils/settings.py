@@ -47,6 +47,7 @@ class Settings:
 
 # What the profiles of real models share. Revisions stay "main": these were written where no hub can be reached, and a commit that
 # was not seen there is not named. Pin yours: model_revision="…", dataset_revision="…" (the hub shows them under "History").
+# Revisions: those that public projects had in their caches; no hub could be reached from here, and of the data set none was found.
 _REAL = {
     "dataset": "openbmb/RLAIF-V-Dataset",  # 83,132 pairs, CC BY-NC 4.0
     "train_split": "train[:5%]",  # 4,157 pairs, 260 steps
@@ -81,18 +82,21 @@ PROFILES = {
         Settings(
             profile="smolvlm",
             model="HuggingFaceTB/SmolVLM-Instruct",
+            model_revision="81cd9a775a4d644f2faf4e7becff4559b46b14c7",
             pixel_budget=768 * 768,  # 4 tiles and the whole; by itself its processor makes 16
             **_REAL,
         ),
         Settings(
             profile="qwen",
             model="Qwen/Qwen2.5-VL-3B-Instruct",
+            model_revision="66285546d2b821cf421d4f5eb2576359d3770cd3",
             pixel_budget=512 * 28 * 28,  # 512 tokens at most; by itself its processor allows 16,384
             **_REAL,
         ),
         Settings(
             profile="idefics2",
             model="HuggingFaceM4/idefics2-8b",
+            model_revision="2c42686c57fe21cf0348c9ce1077d094b72e7698",
             pixel_budget=640 * 640,  # 64 tokens whatever the size; fewer pixels spare the vision tower
             **_REAL,
         ),
