@@ -129,6 +129,7 @@ class Steps(TrainerCallback):
         tokens = sum(2 * (self.shape.tokens + PROMPT) + sum(pair) for pair in lengths(size))  # of the stock trainer's rows, without padding
         return {
             "batch_size": size,
+            "row_tokens": self.shape.tokens + PROMPT + max(map(max, lengths(size))),  # of the longest row
             "seconds": seconds,
             "pairs_per_second": size / seconds,
             "tokens_per_second": tokens / seconds,

@@ -1,17 +1,22 @@
 """The benchmarks run, small, and print what they promise; the one that needs a GPU says so without it."""
 
+import dataclasses
 import json
+import re
 import sys
 
+import nbformat
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks import format_dataset, gpu, train_step
 from benchmarks.train_step import Shape, text, tower
 from utils import memory
-from utils.settings import PROFILES
+from utils.settings import PROFILES, ROOT
 from utils.shared_prefix import SharedPrefixDPOTrainer
+from utils.sliders import readable
 
 TINY = Shape(
     {
@@ -126,3 +131,16 @@ def test_the_largest_batch_that_fits_is_found_by_what_was_taken():
     assert gpu.largest(rows, 15)["batch_size"] == 2
     assert gpu.largest(rows, 24)["batch_size"] == 4
     assert gpu.largest(rows, 8) is None
+
+
+def test_notebook_04_reads_what_gpu_writes(tmp_path, capsys):
+    """Rows as `sweep` gives them, through `report`, into the cell that sets estimates beside them."""
+    steps = gpu.Steps(None, gpu.PICTURES["smolvlm"], [2])
+    steps.counter = FlopCounterMode(display=False)
+    row = steps.row(2, 1.0)
+    gpu.report("Some GPU", "smolvlm", 1e12, {"stock": [row], "ours": [dict(row)]}, tmp_path / "results" / "gpu")
+    notebook = nbformat.read(ROOT / "notebooks" / "04_fit_in_memory.ipynb", as_version=4)
+    (cell,) = [cell.source for cell in notebook.cells if cell.cell_type == "code" and '"results" / "gpu"' in cell.source]
+    capsys.readouterr()
+    exec(cell, {"root": tmp_path, "json": json, "dataclasses": dataclasses, "memory": memory, "PROFILES": PROFILES, "readable": readable})
+    assert re.fullmatch(r"Some-GPU-smolvlm\.json, 2 pairs: [\d.]+ GB, measured 0\.0 GB\n", capsys.readouterr().out)
