@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
 
-setup:
+setup: ## .venv from requirements.lock; every other target does it too
 	@command -v python3 >/dev/null || { echo "python3 is missing: install Python 3.11 to 3.13" \
 		"(Debian, Ubuntu: sudo apt install python3 python3-venv; macOS: brew install python@3.13)" >&2; exit 1; }
 	@python3 tools/setup.py

@@ -2,8 +2,7 @@ import pytest
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from utils import chat, models, preferences
-from utils.settings import PROFILES
+from utils import chat, preferences
 
 # The row and the strings of the article that this project grew from, letter for letter.
 QUESTION = "Who is more likely to use these tools a leather crafter or a paper crafter?"
@@ -19,11 +18,6 @@ REJECTED = (
     "may also benefit from some of these tools, but their primary focus would be on paper-related projects, which might require "
     "different types of tools such as paper cutters or scrapbooking supplies."
 )
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(PROFILES["embedded"])
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,6 @@ SETTINGS = replace(kill.SETTINGS, train_split="train[:16]")
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
-@pytest.fixture(scope="module")
 def rows():
     return chat.format_dataset(preferences.load(SETTINGS.dataset, SETTINGS.train_split))
 

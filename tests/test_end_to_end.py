@@ -9,6 +9,17 @@ from utils import evaluation, models, preferences, train
 from utils.settings import PROFILES, ROOT
 
 SETTINGS = PROFILES["embedded"]
+# Python tells this hook of every socket that is made, in whatever library, and of every name that is looked up.
+NO_SOCKET = """
+import socket, sys
+
+def refuse(event, arguments):
+    unix = event == "socket.__new__" and arguments[1] == socket.AF_UNIX
+    if event.startswith("socket.") and event != "socket.gethostname" and not unix:
+        raise OSError(f"a socket: {event} {arguments}")
+
+sys.addaudithook(refuse)
+"""
 NOWHERE = "http://127.0.0.1:9"  # the discard port: a connection is refused at once
 
 
@@ -30,6 +41,39 @@ def test_the_embedded_path_needs_no_network(tmp_path):
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 1
+
+
+def run_without_sockets(code, **variables):
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    command = [sys.executable, "-c", NO_SOCKET + code]
+    return subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=300)
+
+
+def test_offline_the_whole_path_opens_no_socket(tmp_path):
+    """Load, check, train, save, ask and evaluate."""
+    code = f"""
+from utils import ask, evaluation, models, preferences, train
+from utils.settings import PROFILES
+train.main(["--profile", "embedded", "--output", {str(tmp_path)!r}, "--max-steps", "1"])
+scenes = preferences.load("embedded/dataset", "test[:4]")
+scenes[0]["image"].save({str(tmp_path / "scene.png")!r})
+ask.main([{str(tmp_path / "scene.png")!r}, "--adapter", {str(tmp_path / "adapter")!r}])
+model, processor = models.load_tuned(PROFILES["embedded"], {str(tmp_path / "adapter")!r}), models.load_processor(PROFILES["embedded"])
+asked = evaluation.ask(model, processor, scenes, PROFILES["embedded"])
+print("asked", len(asked["descriptions"]))
+"""
+    done = run_without_sockets(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
+    assert done.returncode == 0 and "asked 4" in done.stdout, done.stderr
+
+
+def test_a_socket_would_be_noticed():
+    for code in (
+        "socket.socket()",
+        "import urllib.request; urllib.request.urlopen('http://localhost')",
+        "socket.gethostbyname('localhost')",
+    ):
+        done = run_without_sockets(code)
+        assert done.returncode and "a socket: " in done.stderr
 
 
 def test_committed_results_reach_what_the_readme_says():

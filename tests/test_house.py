@@ -20,6 +20,7 @@ from tools.notebooks import ROOT, WIDGET
 
 # From the ground up; a module imports only from those before it.
 LAYERS = [
+    "progress",
     "settings",
     "images",
     "pixel_budget",
@@ -36,6 +37,8 @@ LAYERS = [
     "generation",
     "evaluation",
     "preference_making",
+    "make_pairs",
+    "ask",
     "shared_prefix",
     "reference_cache",
     "display",

@@ -8,8 +8,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 
-from utils import chat, images, models, preferences
-from utils.settings import PROFILES
+from utils import chat, images, preferences
 
 FEATURES = Features({"image": Image(), "question": Value("string"), "chosen": Value("string"), "rejected": Value("string")})
 WIDTH, HEIGHT = 40, 30
@@ -101,11 +100,6 @@ def pairs(*stored_images):
         {"image": image, "question": f"What is in {n}?", "chosen": "a cup.", "rejected": "a book."} for n, image in enumerate(stored_images)
     ]
     return Dataset.from_list(rows, features=FEATURES)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(PROFILES["embedded"])
 
 
 @pytest.mark.parametrize("name", MODES)

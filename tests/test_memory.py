@@ -155,11 +155,6 @@ def test_the_estimate_grows_with_what_it_is_said_to_depend_on():
 # Estimated and measured
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(EMBEDDED)
-
-
 def one_step(settings, processor, output):
     """TRL's trainer for one step on 8 pairs, whose image features carry no gradient, and how many tokens of text its rows have."""
     rows = chat.format_dataset(preferences.load(settings.dataset, f"train[:{settings.batch_size}]"))

@@ -149,3 +149,34 @@ def test_without_a_file_of_pairs_or_with_two_it_says_which_are_needed(folder):
     write_jsonl(folder, GOOD)
     with pytest.raises(FileNotFoundError, match="holds 2 of"):
         own_data.load_folder(folder)
+
+
+def test_every_tenth_image_is_held_out_with_all_its_pairs(tmp_path):
+    for number in range(20):
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    write_csv(tmp_path, *([f"{number % 20}.png", f"Question {number}?", "A dark field.", "A dog."] for number in range(60)))
+    dataset = own_data.load_folder(tmp_path)
+    train, test = own_data.held_out(dataset)
+    assert len(train) == 54 and len(test) == 6 and preferences.check(train, held_out=test) == {}
+    assert sorted([*train["question"], *test["question"]]) == sorted(dataset["question"])
+
+
+def test_one_image_alone_leaves_nothing_to_hold_out(folder):
+    write_csv(folder, GOOD)
+    with pytest.raises(SystemExit, match="about one image"):
+        own_data.main([str(folder)])
+    assert not (folder / "data").exists()
+
+
+def test_the_command_line_writes_splits_that_load(folder, capsys):
+    write_csv(folder, GOOD, ["pictures/blue.jpg", *GOOD[1:]])
+    own_data.main([str(folder)])
+    assert "1 pairs to train on, 1 about other images held out" in capsys.readouterr().out
+    loaded = [preferences.load(str(folder / "data"), split)[0] for split in ("train", "test")]
+    assert {row["image"].getpixel((0, 0)) for row in loaded} >= {(255, 0, 0)} and loaded[0]["chosen"] == GOOD[2]
+
+
+def test_the_command_line_says_what_is_wrong(folder):
+    write_csv(folder, ["broken.png", *GOOD[1:]])
+    with pytest.raises(SystemExit, match="line 2: unreadable image"):
+        own_data.main([str(folder)])

@@ -23,11 +23,6 @@ def model():
     return models.load_model(SETTINGS)
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
 def object_claim(category, there=True):
     return {"kind": "object", "category": category, "value": there}
 

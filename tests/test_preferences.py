@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 
-from utils import preferences
+from utils import preferences, settings
 from utils.settings import ROOT
 
 FEATURES = Features({"image": Image(), "question": Value("string"), "chosen": Value("string"), "rejected": Value("string")})
@@ -86,14 +86,14 @@ def copy_of_embedded(tmp_path):
 
 
 def test_a_missing_or_damaged_embedded_file_is_named(copy_of_embedded):
-    preferences.verify_embedded("dataset", copy_of_embedded)
+    settings.verify_embedded("dataset", copy_of_embedded)
     file = next((copy_of_embedded / "embedded" / "dataset").glob("test-*.parquet"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(FileNotFoundError, match=r"test-00000-of-00001.parquet is damaged: restore it with `git checkout"):
-        preferences.verify_embedded("dataset", copy_of_embedded)
+        settings.verify_embedded("dataset", copy_of_embedded)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"is missing: .*`python -m embedded.build`"):
-        preferences.verify_embedded("dataset", copy_of_embedded)
+        settings.verify_embedded("dataset", copy_of_embedded)
 
 
 def test_the_embedded_data_set_is_clean_and_balanced():

@@ -22,11 +22,6 @@ CHECKS += ["row length", "max_length", "image tokens", "memory", "reference", "f
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
-@pytest.fixture(scope="module")
 def rows():
     return chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:32]"))
 

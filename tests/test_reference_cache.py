@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from test_shared_prefix import BOTH, SETTINGS, assert_same_run, embedded, make_trainer
 from transformers import AutoProcessor
 
-from utils import chat, models, preferences
+from utils import chat, preferences
 from utils.reference_cache import cache_key, use_reference_cache
 from utils.settings import locate
 from utils.shared_prefix import SharedPrefixDPOTrainer
@@ -17,11 +17,6 @@ from utils.shared_prefix import SharedPrefixDPOTrainer
 @pytest.fixture(scope="module")
 def rows():
     return chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:16]")).shuffle(seed=0)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
 
 
 @pytest.fixture

@@ -18,11 +18,6 @@ TAUGHT = ("sigmoid", "hinge", "robust", "ipo", "sigmoid_norm", "MPO")
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
-@pytest.fixture(scope="module")
 def rows():
     return chat.format_dataset(preferences.load(SETTINGS.dataset, "test[:8]"))
 

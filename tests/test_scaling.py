@@ -28,11 +28,6 @@ every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.st
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
 # configs/accelerate
 
 

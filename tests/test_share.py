@@ -32,11 +32,6 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("trl", "utils
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
-@pytest.fixture(scope="module")
 def rows():
     formatted = chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:16]"))
     return [formatted[number] for number in range(4)]

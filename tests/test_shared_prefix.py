@@ -38,11 +38,6 @@ CASES = {
 
 
 @pytest.fixture(scope="session")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
-@pytest.fixture(scope="session")
 def row():
     texts = chat.conversation({"question": "What is this?", "chosen": "A cup.", "rejected": "A dog."})
     return {"images": [Image.new("RGB", (64, 64), "red")], **texts}

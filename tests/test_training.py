@@ -17,11 +17,6 @@ SETTINGS = PROFILES["embedded"]
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return models.load_processor(SETTINGS)
-
-
-@pytest.fixture(scope="module")
 def rows():
     return chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:64]"))
 

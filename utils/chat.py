@@ -4,7 +4,8 @@ from datasets import Dataset, Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from utils.images import read, upright_rgb
-from utils.preferences import REQUIRED_COLUMNS, refuse_special_tokens, require_columns, require_types, special_tokens
+from utils.preferences import REQUIRED_COLUMNS, TEXT_COLUMNS, refuse_special_tokens, require_columns, require_types, special_tokens
+from utils.progress import progress
 
 
 def prompt_messages(question):
@@ -29,19 +30,21 @@ def conversation(row):
     return {"prompt": prompt_messages(row["question"])} | answers
 
 
-def format_dataset(dataset):
+def format_dataset(dataset, special_tokens=()):
     """Rows for `DPOTrainer`: `image` (upright, RGB), and `prompt`, `chosen`, `rejected` as messages.
 
     All of it is made when a row is read, so no image is decoded, re-encoded or written, whatever the size or the order of
     `dataset`: also after `shuffle` and `select` (where re-attaching a column would rewrite every image), also when it streams.
-    A row whose image cannot be read, or has too many pixels, or that lacks a text, raises ValueError then.
+    A row whose image cannot be read or is too large, or that lacks a text, raises ValueError then. A stream does not go through
+    `within_budget`: there a text with one of `special_tokens` raises as well.
     """
     require_columns(dataset.column_names, "the data set to format")
     require_types(dataset.features, "the data set to format")
     columns = dataset.select_columns(REQUIRED_COLUMNS).cast_column("image", Image(decode=False))  # `read` decodes
     if isinstance(dataset, Dataset):
         return columns.rename_column("question", "prompt").with_transform(with_messages)
-    return columns.map(streamed, with_indices=True, remove_columns=["question"])  # `rename_column` would encode every image anew
+    # `rename_column` would encode every image of a stream anew.
+    return columns.map(streamed, with_indices=True, remove_columns=["question"], fn_kwargs={"tokens": special_tokens})
 
 
 def with_messages(batch):
@@ -56,9 +59,11 @@ def with_messages(batch):
     return batch | {name: [make[name](*pair) for pair in zip(batch[name], questions, strict=True)] for name in make if name in batch}
 
 
-def streamed(row, number):
+def streamed(row, number, tokens):
     """The same for row `number` of a stream."""
     try:
+        for column in TEXT_COLUMNS:
+            refuse_special_tokens(tokens, row[column] or "", column)
         return conversation(row) | {"image": read(row["image"], named("image", row["question"], row["image"]))}
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from error
@@ -89,7 +94,6 @@ def render(row, processor):
 
 def training_batch(rows, processor):
     """What `DPOTrainer` feeds the model for `rows` of `format_dataset`: its own collator, chosen rows first, then rejected.
-
     ValueError when a text holds a special token of the model."""
     tokens = special_tokens(processor)
     for name, text in ((name, row[name][-1]["content"][-1]["text"]) for row in rows for name in ("prompt", "chosen", "rejected")):
@@ -178,7 +182,8 @@ def within_budget(dataset, processor, token_budget):
     a cut inside the image tokens stops training with an error, a cut inside an answer teaches the model not to stop.
     ValueError with its number for a row that cannot be read or holds a special token, and when no row is left.
     """
-    too_long = [number for number in range(len(dataset)) if tokens_at(dataset, number, processor) > token_budget]
+    numbers = progress(range(len(dataset)), "counting tokens")
+    too_long = [number for number in numbers if tokens_at(dataset, number, processor) > token_budget]
     if len(too_long) == len(dataset):
         raise ValueError(f"of {len(dataset)} rows none is within the budget of {token_budget} tokens: raise token_budget, or take others")
     if not too_long:

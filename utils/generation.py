@@ -3,9 +3,9 @@
 from contextlib import nullcontext
 
 import torch
-from tqdm.auto import tqdm
 
 from utils.chat import inference_batch
+from utils.progress import progress
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def answer(model, processor, images, questions, settings, adapter=True, samples=
     )
     starts = range(0, len(images), size)
     with nullcontext() if adapter or not hasattr(model, "disable_adapter") else model.disable_adapter():
-        for start in tqdm(starts, desc="answering", leave=False, disable=len(starts) < 5 or None):
+        for start in progress(starts, "answering"):
             batch = inference_batch(images[start : start + size], questions[start : start + size], processor).to(model.device)
             length = max_new_tokens or settings.max_new_tokens
             generated = model.generate(**batch, max_new_tokens=length, pad_token_id=processor.tokenizer.pad_token_id, **sampling)

@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from utils.chat import answer_messages, prompt_messages
 from utils.pixel_budget import limit, limit_tiles
-from utils.preferences import verify_embedded
-from utils.settings import EMBEDDED_MODEL, locate
+from utils.settings import EMBEDDED_MODEL, locate, verify_embedded
 
 # Jinja: what the template writes for the question, then the answer, then what the template writes after the answer.
 AFTER_GENERATION_PROMPT = (
@@ -57,13 +56,17 @@ def loading(settings):
         ) from error
 
 
+def source(settings):
+    """What `from_pretrained` needs to know of the profile's model; code that its repository brings along is never run."""
+    return {"pretrained_model_name_or_path": locate(settings.model), "revision": settings.model_revision, "trust_remote_code": False}
+
+
 def load_processor(settings):
     """Tokenizer, image processor and chat template of the profile's model. ValueError when it has no chat template."""
     if settings.model == EMBEDDED_MODEL:
         verify_embedded("model")
-    source = {"pretrained_model_name_or_path": locate(settings.model), "revision": settings.model_revision}
     with loading(settings):
-        processor, config = AutoProcessor.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+        processor, config = (kind.from_pretrained(**source(settings)) for kind in (AutoProcessor, AutoConfig))
     processor = limit(processor, config, settings.pixel_budget)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
@@ -110,8 +113,8 @@ def load_model(settings):
     )
     with loading(settings):
         model = AutoModelForImageTextToText.from_pretrained(
-            locate(settings.model),
-            revision=settings.model_revision,
+            **source(settings),
+            use_safetensors=True,  # a pickle may run code when it is opened
             dtype=dtype,
             quantization_config=four_bit if settings.four_bit else None,
             device_map=device_map(),

@@ -1,12 +1,17 @@
-"""Your own preference pairs: a folder of images with a `pairs.jsonl` or `pairs.csv` becomes a data set to train on."""
+"""Your own preference pairs: a folder of images with a `pairs.jsonl` or `pairs.csv` becomes a data set to train on.
 
+python -m utils.own_data FOLDER writes it to FOLDER/data as Parquet.
+"""
+
+import argparse
 import csv
 import json
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
 
-from utils.preferences import REQUIRED_COLUMNS, TEXT_COLUMNS, check
+from utils.preferences import REQUIRED_COLUMNS, TEXT_COLUMNS, check, image_bytes
+from utils.settings import digest
 
 NAMES = ("pairs.jsonl", "pairs.csv")
 FEATURES = Features({"image": Image(), **{column: Value("string") for column in TEXT_COLUMNS}})
@@ -119,3 +124,34 @@ def image_problem(folder, name):
         return None if path.is_file() else f"no image {name!r} in the folder"
     except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL
         return f"no image {name[:80]!r} in the folder"
+
+
+def held_out(dataset):
+    """(Rows to train on, rows held out): those of every tenth image, one at least, so that no image is in both.
+
+    ValueError where all rows are about one image: nothing would be left to look at that was not trained on.
+    """
+    names = [digest(data) for data in image_bytes(dataset)]
+    images = sorted(set(names))
+    if len(images) < 2:
+        raise ValueError("all pairs are about one image: give pairs about two at least, one of them to hold out")
+    test = set(images[: max(1, len(images) // 10)])
+    return tuple(dataset.select([number for number, name in enumerate(names) if (name in test) == held]) for held in (False, True))
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m utils.own_data", description="Checks FOLDER and writes FOLDER/data/*.parquet.")
+    parser.add_argument("folder", type=Path, help=f"images, and {' or '.join(NAMES)}")
+    folder = parser.parse_args(arguments).folder
+    try:
+        train, test = held_out(load_folder(folder))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    (folder / "data").mkdir(exist_ok=True)
+    for split, rows in (("train", train), ("test", test)):
+        rows.to_parquet(folder / "data" / f"{split}.parquet")
+    print(f"{len(train)} pairs to train on, {len(test)} about other images held out, in {folder / 'data'}")
+
+
+if __name__ == "__main__":
+    main()

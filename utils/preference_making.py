@@ -16,6 +16,7 @@ from embedded.scenes import DESCRIBE, NUMBERS, PLACES, article, existence_questi
 from utils.chat import answer_messages, inference_batch, prompt_messages
 from utils.claims import claims, is_right, left_out
 from utils.preferences import TEXT_COLUMNS
+from utils.progress import progress
 
 
 def truth_judge(claims, rows):
@@ -25,7 +26,6 @@ def truth_judge(claims, rows):
 
 def model_judge(claims, rows, model, processor, settings):
     """The judge that looks: a model is asked about each claim, with the `image` of its row.
-
     The last three arguments are fixed with `functools.partial`. The same question about the same row is asked once.
     """
     asked = [as_question(claim) for claim in claims]
@@ -60,11 +60,11 @@ def as_question(claim):
 def yes_and_no(model, processor, images, questions, settings):
     """p(yes) and p(no) for each question, from the softmax over the first token of the answer: array (questions, 2)."""
     lead, yes, no = answer_tokens(processor)
-    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options["pad_token_id"] = processor.tokenizer.pad_token_id
     was_training, found = model.training, []
     model.eval()
-    for start in range(0, len(images), settings.generation_batch_size):
+    for start in progress(range(0, len(images), settings.generation_batch_size), "judging"):
         part = slice(start, start + settings.generation_batch_size)
         batch = inference_batch(images[part], questions[part], processor).to(model.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -1,8 +1,6 @@
 """Load preference pairs (the columns of openbmb/RLAIF-V-Dataset), say what is wrong with them, describe them."""
 
-import hashlib
 import io
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean
@@ -12,7 +10,8 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PillowImage
 
 from utils.images import BOMBS, read
-from utils.settings import EMBEDDED_DATASET, ROOT, locate
+from utils.progress import progress
+from utils.settings import EMBEDDED_DATASET, digest, locate, verify_embedded
 
 TEXT_COLUMNS = ["question", "chosen", "rejected"]
 REQUIRED_COLUMNS = ["image", *TEXT_COLUMNS]
@@ -76,28 +75,6 @@ def wrong_types(features):
     return wrong
 
 
-def verify_embedded(part, root=ROOT):
-    """Compare the files of `embedded/<part>` ("dataset" or "model") with the manifest's digests.
-
-    Raises FileNotFoundError that names the missing or damaged file and how to get it back.
-    """
-    manifest = json.loads((Path(root) / "embedded" / "manifest.json").read_text())
-    for name, expected in manifest["files"].items():
-        if not name.startswith(f"embedded/{part}/"):
-            continue
-        path = Path(root) / name
-        problem = "is missing" if not path.exists() else "is damaged" if digest(path.read_bytes()) != expected else None
-        if problem:
-            raise FileNotFoundError(
-                f"{name} {problem}: restore it with `git checkout -- {name}`, or rebuild with `python -m embedded.build`"
-            )
-
-
-def digest(data):
-    """A name for these bytes: equal for equal files, different for different ones (SHA-256)."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def image_bytes(dataset):
     """The stored bytes of every image, not decoded. A row whose image is a path is read from there; None where there is nothing."""
     for row in dataset.with_format(None).select_columns(["image"]).cast_column("image", Image(decode=False)):
@@ -126,8 +103,9 @@ def check(dataset, held_out=None, special_tokens=()):
         return {problem: [] for problem in problems}
     problems, first_seen = defaultdict(list), {}
     elsewhere = {digest(data) for data in image_bytes(held_out) if data} if held_out is not None else set()
-    rows = zip(dataset.select_columns(TEXT_COLUMNS), image_bytes(dataset), strict=True)
-    for number, (row, data) in enumerate(rows):
+    texts, images = iter(dataset.select_columns(TEXT_COLUMNS)), image_bytes(dataset)
+    for number in progress(range(len(dataset)), "checking"):
+        row, data = next(texts), next(images)
         for column in TEXT_COLUMNS:
             if not (row[column] or "").strip():
                 problems[f"empty {column}"].append(number)
@@ -149,6 +127,21 @@ def check(dataset, held_out=None, special_tokens=()):
         if name in elsewhere:
             problems["image also held out"].append(number)
     return dict(problems)
+
+
+def without_problems(dataset, special_tokens=()):
+    """(`dataset` without the rows that `check` reports, what it reports). ValueError when no row is left."""
+    problems = check(dataset, special_tokens=special_tokens)
+    dropped = set().union(*problems.values())
+    if len(dropped) == len(dataset):
+        raise ValueError(f"no row can be trained on: {as_text(problems)}")
+    return dataset.select([number for number in range(len(dataset)) if number not in dropped]) if dropped else dataset, problems
+
+
+def as_text(problems):
+    """What `check` reports in one line: "empty chosen: 2 rows (4, 17); no rows"."""
+    listed = {problem: ", ".join(map(str, rows[:10])) + ", …" * (len(rows) > 10) for problem, rows in problems.items()}
+    return "; ".join(f"{problem}: {len(rows)} rows ({listed[problem]})" if rows else problem for problem, rows in problems.items())
 
 
 def special_tokens(processor):

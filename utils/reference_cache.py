@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, StackDataset
 
+from utils.progress import progress
+
 
 def use_reference_cache(trainer, folder):
     """Give `trainer`, a `SharedPrefixDPOTrainer`, the log-probabilities of its training rows from `folder`; returns their file.
@@ -28,6 +30,7 @@ def use_reference_cache(trainer, folder):
     if not path.exists():
         batches = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         model, part = trainer.ref_model or trainer.model, path.with_suffix(f".{os.getpid()}")
+        batches = progress(batches, "reference log-probabilities")
         pairs = [torch.stack(trainer.compute_ref_log_probs(model, trainer._prepare_inputs(batch)), dim=1) for batch in batches]
         path.parent.mkdir(parents=True, exist_ok=True)
         log_probs = torch.cat(pairs).float().cpu()

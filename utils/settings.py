@@ -1,5 +1,7 @@
 """One `Settings` per profile: the same code trains the embedded default on a CPU and an 8B model on a GPU."""
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +47,8 @@ class Settings:
     seed: int = 0
 
 
-# What the profiles of real models share. Revisions stay "main": these were written where no hub can be reached, and a commit that
-# was not seen there is not named. Pin yours: model_revision="…", dataset_revision="…" (the hub shows them under "History").
-# Revisions: those that public projects had in their caches; no hub could be reached from here, and of the data set none was found.
+# What the profiles of real models share. They were written where no hub can be reached: the models' revisions are those that public
+# projects have in their caches; of the data set none was found, so it stays "main". The hub shows revisions under "History".
 _REAL = {
     "dataset": "openbmb/RLAIF-V-Dataset",  # 83,132 pairs, CC BY-NC 4.0
     "train_split": "train[:5%]",  # 4,157 pairs, 260 steps
@@ -124,3 +125,25 @@ def locate(name):
 def run_folder(settings):
     """Where notebooks and the command line leave what they make: runs/<profile>."""
     return ROOT / "runs" / settings.profile
+
+
+def verify_embedded(part, root=ROOT):
+    """Compare the files of `embedded/<part>` ("dataset" or "model") with the manifest's digests.
+
+    Raises FileNotFoundError that names the missing or damaged file and how to get it back.
+    """
+    manifest = json.loads((Path(root) / "embedded" / "manifest.json").read_text())
+    for name, expected in manifest["files"].items():
+        if not name.startswith(f"embedded/{part}/"):
+            continue
+        path = Path(root) / name
+        problem = "is missing" if not path.exists() else "is damaged" if digest(path.read_bytes()) != expected else None
+        if problem:
+            raise FileNotFoundError(
+                f"{name} {problem}: restore it with `git checkout -- {name}`, or rebuild with `python -m embedded.build`"
+            )
+
+
+def digest(data):
+    """A name for these bytes: equal for equal files, different for different ones (SHA-256)."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,6 +1,7 @@
-"""The command line: python -m utils.train --profile NAME --output DIR [--max-steps N] [--resume] [--no-shared-prefix] [--no-preflight]"""
+"""The command line: python -m utils.train --profile NAME --output DIR [--dataset DIR] [--max-steps N] [--resume] …"""
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from utils.preflight import FAILED, as_text
 def parse(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m utils.train", description="QLoRA DPO of one profile, without a notebook.")
     parser.add_argument("--profile", help=f"one of {', '.join(settings.PROFILES)}; default: VLM_DPO_PROFILE, else embedded")
+    parser.add_argument("--dataset", type=Path, help="a folder of Parquet files to train on instead, all of its split train")
     parser.add_argument("--output", type=Path, help="folder for adapter/, training.json and checkpoints; default: runs/<profile>")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many optimizer steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
@@ -23,14 +25,19 @@ def parse(arguments=None):
 def main(arguments=None):
     options = parse(arguments)
     if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` the first process speaks for all
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
     try:
         profile = settings.load(options.profile)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if options.dataset:
+        profile = dataclasses.replace(profile, dataset=str(options.dataset), train_split="train")
     processor = models.load_processor(profile)
-    pairs = chat.format_dataset(preferences.load(profile.dataset, profile.train_split, profile.dataset_revision))
-    pairs, dropped = chat.within_budget(pairs, processor, profile.token_budget)
+    loaded = preferences.load(profile.dataset, profile.train_split, profile.dataset_revision)
+    sound, problems = preferences.without_problems(loaded, preferences.special_tokens(processor))
+    if problems:
+        print(f"{len(loaded) - len(sound)} of {len(loaded)} rows dropped: {preferences.as_text(problems)}", flush=True)
+    pairs, dropped = chat.within_budget(chat.format_dataset(sound), processor, profile.token_budget)
     rows = f": rows {dropped}" if dropped else ""
     print(f"{len(pairs)} pairs; {len(dropped)} longer than {profile.token_budget} tokens dropped{rows}", flush=True)
     output = options.output or settings.run_folder(profile)

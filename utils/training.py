@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from utils import checkpoints, versions
 from utils.models import compute_dtype
 from utils.preflight import preflight as preflight  # `training.preflight(trainer)`, before `train`
+from utils.progress import watched
 from utils.shared_prefix import SharedPrefixDPOTrainer
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -69,6 +70,7 @@ def dpo_config(settings, output, **changes):
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": not watched(),  # transformers would show no bar, because this package keeps its log quiet
         "logging_steps": settings.logging_steps,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
