@@ -31,8 +31,8 @@ VISIBLE = str.maketrans({" ": "·", "\n": "↵"})
 
 
 def text_html(text):
-    """`text` escaped, with its line breaks kept."""
-    return escape(text, quote=True).replace("\n", "<br>")
+    """`text` escaped, with its line breaks kept; $ and \\ stand apart, or MathJax would typeset what is between them."""
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", escape(text, quote=True)).replace("\n", "<br>")
 
 
 def image_html(image, width=216, alt=""):
@@ -157,7 +157,7 @@ def side_by_side_html(rows):
 def token_box(text, kind):
     colour, border = KINDS[kind]
     style = f"background:rgba({colour},0.18);border:{border} rgba({colour},0.9);border-radius:3px;padding:1px 4px;font-family:monospace"
-    return f'<span title="{kind}" style="display:inline-block;margin:1px;{style}">{escape(text, quote=True)}</span>'
+    return f'<span title="{kind}" style="display:inline-block;margin:1px;{style}">{text_html(text)}</span>'
 
 
 def tokens_html(tokens, kinds):
