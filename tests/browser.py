@@ -43,6 +43,9 @@ def jupyter_lab(folder):
         settings.parent.mkdir(parents=True)
         # The question whether to fetch Jupyter's news would lie above the notebook.
         settings.write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
+        whole = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+        whole.parent.mkdir(parents=True)
+        whole.write_text(json.dumps({"windowingMode": "none"}))  # cells out of sight are in the page too
         folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
         folders |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
         environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}

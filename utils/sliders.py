@@ -1,15 +1,12 @@
 """A bar chart of what a training step needs in memory, and a widget whose sliders redraw it."""
 
-import base64
 import dataclasses
-import io
-from html import escape
 
 import ipywidgets
 from IPython.display import display
 
 from utils.memory import PRECISIONS, estimate, image_side, image_tokens
-from utils.plots import BLUE, GREY, VERMILION, new_figure
+from utils.plots import BLUE, GREY, VERMILION, figure_html, new_figure
 from utils.settings import PROFILES
 
 DEVICES = {"T4": 15e9, "24 GB": 24e9, "80 GB": 80e9}  # bytes; a Colab T4 has about 15 GB to give
@@ -60,10 +57,8 @@ def memory_html(settings, precision, side):
     what = f"{settings.model.split('/')[-1]}, weights in {precision}, LoRA rank {settings.lora_rank}"
     batch = f"pairs a step: {settings.batch_size}; tokens a row: {image_tokens(settings, side)} of the image, {TEXT_TOKENS} of text"
     numbers = ", ".join(f"{name} {readable(count)}" for name, count in components.items())
-    alt = escape(f"{what}, {batch}: {numbers}; total {readable(sum(components.values()))}", quote=True)
-    file = io.BytesIO()
-    memory_figure(components, f"{what}\n{batch}").savefig(file, format="png")
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    alt = f"{what}, {batch}: {numbers}; total {readable(sum(components.values()))}"
+    return figure_html(memory_figure(components, f"{what}\n{batch}"), alt)
 
 
 def memory_sliders(settings):
