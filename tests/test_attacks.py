@@ -12,7 +12,7 @@ pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: run `make
 
 from nbconvert import HTMLExporter
 
-from tests.attacks import ATTACKS, CARELESS, FIRST_LATER
+from tests.attacks import ATTACKS, CARELESS, FIRST_LATER, armed
 from tests.browser import CHROMIUM, browser_page, command, injected, jupyter_lab, new_notebook, open_notebook, output, run_all, shut_in
 
 pytestmark = [
@@ -92,15 +92,20 @@ def notebook(lab):
     """The notebook, run: its page, its file, and what it asked for and opened until now."""
     folder, address, page, errors = lab
     file = new_notebook(folder / "attacks.ipynb", [START, *CELLS.values()])
-    heard = shut_in(page, re.match("http://[^/]+/", address(""))[0])
+    heard = shut_in(page, origin(address))
     open_notebook(page, address(file.name))
     run_all(page)
     return page, file, heard, errors
 
 
+def origin(address):
+    """The server's address, from what gives a notebook's."""
+    return re.match("http://[^/]+/", address(""))[0]
+
+
 def squeezed(text):
     """`text` without white space and what HTML has no letter for, which pages show as they like."""
-    return re.sub(r"[\s\0·↵]", "", text)
+    return re.sub(r"[\s\0\ufffd·↵]", "", text)
 
 
 def assert_readable(where, text, attacks=ATTACKS):
@@ -143,6 +148,22 @@ def fitting(attack):
     return CARELESS[:1] if re.match("<[a-z]", attack, re.IGNORECASE) else CARELESS
 
 
+def test_what_is_not_escaped_is_noticed(lab):
+    """Or the tests below would be blind."""
+    folder, address, page, _ = lab
+    raw = armed("<img src=x: onerror=RUN><img src=URL> $x$", 1)
+    file = new_notebook(folder / "raw.ipynb", [f"from IPython.display import HTML\nHTML({raw!r})"])
+    careless = page.context.new_page()
+    heard = shut_in(careless, origin(address))
+    open_notebook(careless, address(file.name))
+    run_all(careless)
+    careless.locator(".jp-OutputArea-output mjx-container").wait_for(state="attached")
+    assert injected(careless) == {1} and "http://attack.invalid/1" in heard[0]
+    with pytest.raises(AssertionError):
+        assert_nothing_happened(careless, heard)
+    careless.close()
+
+
 def test_no_attack_gets_its_way_in_jupyterlab(notebook):
     page, _, heard, errors = notebook
     assert_nothing_happened(page, heard)
@@ -178,9 +199,8 @@ def test_choosing_profiles_named_so_runs_none(notebook):
     assert_readable("sliders", "".join(options))
     for attack in ATTACKS[1:100:9]:
         shown.get_by_label("Profile").select_option(index=len(options) - len(ATTACKS) + ATTACKS.index(attack))
-        page.wait_for_function(
-            "([image, text]) => image.alt.includes(text)", arg=[shown.locator("img").element_handle(), attack.split("/")[-1]]
-        )
+        drawn = "start => [...document.querySelectorAll('.widget-html img')].some(image => image.alt.startsWith(start))"
+        page.wait_for_function(drawn, arg=f"{attack.split('/')[-1]}, weights in", timeout=15_000)
     assert_nothing_happened(page, heard)
     assert errors == []
 

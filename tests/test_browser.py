@@ -34,7 +34,7 @@ rows = [{{"image": Image.new("RGB", (216, 216), colour), "question": "What is it
 rows[0]["question"] = {QUESTION!r}
 display.browse(rows)""",
     "from utils import sliders\nsliders.memory_sliders(sliders.PROFILES['embedded'])",
-    """answers = {"base": ("A red cup and a kite on the left of it. " * 4, [(12, 18)]), "after DPO": ("A red cup.", [])}
+    """answers = {"base": ("A red cup and a kite on the left of it. " * 4, [(14, 20)]), "after DPO": ("A red cup.", [])}
 display.show(display.side_by_side_html([{"image": rows[0]["image"], "truth": "a red cup", "answers": answers}] * 2), "two scenes")""",
     """kinds = ["prompt", *["image"] * 9, "prompt", "chosen", "rejected"]
 display.show(display.tokens_html(["User", *["<image>"] * 9, "\\n", " cup", " can"], kinds), "tokens")

@@ -88,10 +88,10 @@ def read(run, name):
 def plain(value):
     """`value` as text that Markdown shows letter for letter, in one line.
 
-    Tags become entities: a backslash before < may be taken for the end of an address. $ and \\ stand apart, to begin no formula.
+    A <span> within keeps a formula or an address from being recognised: in an address, a backslash would be part of it.
     """
     escaped = re.sub(r"[\\`*_{}\[\]|#~!$]", r"\\\g<0>", escape(" ".join(str(value).split()), quote=False))
-    return re.sub(r"\\[\\$]", r"<span>\g<0></span>", escaped)
+    return re.sub(r"\\[\\$]|://|www\.|@", r"<span>\g<0></span>", escaped)
 
 
 def quoted(value):

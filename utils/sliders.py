@@ -10,6 +10,10 @@ from utils.plots import BLUE, GREY, VERMILION, figure_html, new_figure
 from utils.settings import PROFILES
 
 DEVICES = {"T4": 15e9, "24 GB": 24e9, "80 GB": 80e9}  # bytes; a Colab T4 has about 15 GB to give
+# ipywidgets gives the handles of its sliders no name that a screen reader could say: take it from the label beside them, as soon
+# as the chart is there, and once more for a page that was still being built.
+NAME_HANDLES = """[0, 1000].forEach(wait => setTimeout(() => this.closest('.widget-vbox')?.querySelectorAll('[role=slider]').forEach(
+handle => handle.setAttribute('aria-label', handle.closest('.widget-slider').querySelector('label').textContent)), wait))"""
 TEXT_TOKENS = 256  # question and answer of the rows that the chart is for
 
 
@@ -82,12 +86,16 @@ def memory_sliders(settings):
         chosen = profiles[change["new"]]
         rank.value, side.value, pairs.value = chosen.lora_rank, image_side(chosen), chosen.batch_size
 
+    def show_chart(picture):
+        page.value = picture.replace("<img ", f'<img onload="{NAME_HANDLES}" ', 1)
+
     first = render()
-    page = ipywidgets.HTML(value=first)
+    page = ipywidgets.HTML()
     controls = [model, precision, rank, side, pairs]
     model.observe(take_values, "value")
+    show_chart(first)
     for control in controls:
-        control.observe(lambda change: setattr(page, "value", render()), "value")
+        control.observe(lambda change: show_chart(render()), "value")
     box = ipywidgets.VBox([*controls, page])
     # display(box) offers no HTML to those who see the notebook without a kernel, hence a bundle of our own.
     view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
