@@ -31,8 +31,8 @@ def shown(monkeypatch):
 
 
 def without_script(page):
-    assert page.count(f' onload="{sliders.NAME_HANDLES}"') == 1
-    return page.replace(f' onload="{sliders.NAME_HANDLES}"', "")
+    assert page.count(f' onload="{sliders.KEYBOARD}"') == 1
+    return page.replace(f' onload="{sliders.KEYBOARD}"', "")
 
 
 def alt(page):

@@ -10,10 +10,13 @@ from utils.plots import BLUE, GREY, VERMILION, figure_html, new_figure
 from utils.settings import PROFILES
 
 DEVICES = {"T4": 15e9, "24 GB": 24e9, "80 GB": 80e9}  # bytes; a Colab T4 has about 15 GB to give
-# ipywidgets gives the handles of its sliders no name that a screen reader could say: take it from the label beside them, as soon
-# as the chart is there, and once more for a page that was still being built.
-NAME_HANDLES = """[0, 1000].forEach(wait => setTimeout(() => this.closest('.widget-vbox')?.querySelectorAll('[role=slider]').forEach(
-handle => handle.setAttribute('aria-label', handle.closest('.widget-slider').querySelector('label').textContent)), wait))"""
+# What ipywidgets leaves out: the handles of its sliders have no name that a screen reader could say, and JupyterLab takes arrow
+# keys and letters in its menus for its own commands. Done once the chart is there, and again for a page that was still being built.
+KEYBOARD = """[0, 1000].forEach(wait => setTimeout(() => {
+const all = selector => this.closest('.widget-vbox')?.querySelectorAll(selector) ?? [];
+for (const handle of all('[role=slider]')) handle.ariaLabel = handle.closest('.widget-slider').querySelector('label').textContent;
+for (const menu of all('select')) menu.dataset.lmSuppressShortcuts = 'true';
+}, wait))"""
 TEXT_TOKENS = 256  # question and answer of the rows that the chart is for
 
 
@@ -87,7 +90,7 @@ def memory_sliders(settings):
         rank.value, side.value, pairs.value = chosen.lora_rank, image_side(chosen), chosen.batch_size
 
     def show_chart(picture):
-        page.value = picture.replace("<img ", f'<img onload="{NAME_HANDLES}" ', 1)
+        page.value = picture.replace("<img ", f'<img onload="{KEYBOARD}" ', 1)
 
     first = render()
     page = ipywidgets.HTML()
