@@ -102,7 +102,7 @@ def test_every_text_is_shown_as_text(nasty):
             "div",
             "p",
         }
-        assert seen.attributes <= {"style", "title", "alt", "src", "width", "rowspan"}
+        assert seen.attributes <= {"style", "title", "alt", "src", "width", "rowspan", "scope"}
     assert [page.count("<img") for page in pages] == [0, 0, 1, 1, 0, 0]
     assert text_of(image_html(picture(), alt=nasty)).attributes == {"alt", "width", "style", "src"}
 
@@ -273,7 +273,7 @@ def test_wrong_kinds_are_refused():
 def test_a_table_aligns_its_numbers_to_the_right():
     rows = [{"metric": "CHAIR-i", "base": "21.4 %", "n": 500, "p": 1e-05}, {"metric": "Recall", "base": "−3.1 %", "p": float("nan")}]
     page = table_html(rows, caption="Before & after")
-    assert re.findall(r'<th style="text-align:(\w+)">(\w+)', page) == [
+    assert re.findall(r'<th scope="col" style="text-align:(\w+)">(\w+)', page) == [
         ("left", "metric"),
         ("right", "base"),
         ("right", "n"),

@@ -143,6 +143,8 @@ def live(monkeypatch):
     displayed, clock = [], SimpleNamespace(now=100.0)
     monkeypatch.setattr(callbacks, "get_ipython", lambda: object())
     monkeypatch.setattr(callbacks, "display", lambda figure, display_id, update: displayed.append((display_id, update, figure)))
+    for wrapper in ("HTML", "figure_html"):
+        monkeypatch.setattr(callbacks, wrapper, lambda figure: figure)
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return callbacks.LiveCurves(), displayed, clock
 
@@ -220,3 +222,17 @@ def test_before_after_needs_both_models():
         before_after(half)
     with pytest.raises(ValueError, match="known metric"):
         before_after({"base": {"words": 1}, "dpo": {"words": 1}, "difference": {}})
+
+
+def test_a_figure_is_shown_with_what_stands_in_it_as_its_alternative_text():
+    figure, axes = plots.new_figure()
+    axes.set(title='"<b>cups</b>"', xlabel="step", ylabel="7")
+    page = figure._repr_html_()
+    assert page.startswith('<img alt="Figure; step; &quot;&lt;b&gt;cups&lt;/b&gt;&quot;" src="data:image/png;base64,')
+    assert plots.figure_html(figure, "other words").startswith('<img alt="other words" src=')
+
+
+def test_a_dollar_in_a_title_begins_no_formula():
+    figure, axes = plots.new_figure()
+    axes.set_title(r"$\frac$")  # as a formula it could not be drawn
+    figure.canvas.draw()

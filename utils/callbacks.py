@@ -5,10 +5,10 @@ import time
 from uuid import uuid4
 
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import HTML, display
 from transformers import TrainerCallback
 
-from utils.plots import training_curves
+from utils.plots import figure_html, training_curves
 
 
 class LiveCurves(TrainerCallback):
@@ -23,7 +23,8 @@ class LiveCurves(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if get_ipython() is not None:
-            display(training_curves(state.log_history), display_id=self.place, update=self.drawn > 0)
+            page = HTML(figure_html(training_curves(state.log_history)))
+            display(page, display_id=self.place, update=self.drawn > 0)
             self.drawn = time.monotonic()
 
 

@@ -31,8 +31,8 @@ VISIBLE = str.maketrans({" ": "·", "\n": "↵"})
 
 
 def text_html(text):
-    """`text` escaped, with its line breaks kept."""
-    return escape(text, quote=True).replace("\n", "<br>")
+    """`text` escaped, with its line breaks kept; $ and \\ stand apart, or MathJax would typeset what is between them."""
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", escape(text, quote=True)).replace("\n", "<br>")
 
 
 def image_html(image, width=216, alt=""):
@@ -126,7 +126,7 @@ def browse(rows):
     previous.on_click(lambda _: setattr(number, "value", (number.value - 2) % count + 1))
     following.on_click(lambda _: setattr(number, "value", number.value % count + 1))
     number.observe(lambda change: setattr(page, "value", render(change["new"])), "value")
-    box = ipywidgets.VBox([ipywidgets.HBox([previous, following, number]), page])
+    box = ipywidgets.VBox([ipywidgets.HBox([previous, following, number], layout={"flex_flow": "row wrap"}), page])
     # display(box) offers no HTML to those who see the notebook without a kernel, hence a bundle of our own.
     view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
     text = f"{count} preference pairs; run this cell to leaf through them."
@@ -143,7 +143,7 @@ def side_by_side_html(rows):
         raise ValueError("there is nothing to show side by side: rows is empty")
     names, noted = list(rows[0]["answers"]), any("note" in row for row in rows)
     headers = ["Image", "Truth", *names] + ["Note"] * noted
-    head = "".join(f'<th style="{TEXT_CELL}">{text_html(header)}</th>' for header in headers)
+    head = "".join(f'<th scope="col" style="{TEXT_CELL}">{text_html(header)}</th>' for header in headers)
     lines = []
     for index, row in enumerate(rows):
         if set(row["answers"]) != set(names):
@@ -157,7 +157,7 @@ def side_by_side_html(rows):
 def token_box(text, kind):
     colour, border = KINDS[kind]
     style = f"background:rgba({colour},0.18);border:{border} rgba({colour},0.9);border-radius:3px;padding:1px 4px;font-family:monospace"
-    return f'<span title="{kind}" style="display:inline-block;margin:1px;{style}">{escape(text, quote=True)}</span>'
+    return f'<span title="{kind}" style="display:inline-block;margin:1px;{style}">{text_html(text)}</span>'
 
 
 def tokens_html(tokens, kinds):
@@ -193,7 +193,7 @@ def table_html(rows, columns=None, caption=""):
     if not rows or set(columns) - set(present):
         raise ValueError(f"rows have {', '.join(present) or 'no column'}, columns asks for {', '.join(columns) or 'none'}")
     sides = {name: "right" if all(is_number(row[name]) for row in rows if name in row) else "left" for name in columns}
-    head = "".join(f'<th style="text-align:{sides[name]}">{text_html(str(name))}</th>' for name in columns)
+    head = "".join(f'<th scope="col" style="text-align:{sides[name]}">{text_html(str(name))}</th>' for name in columns)
     lines = [[f'<td style="text-align:{sides[name]}">{text_html(str(row.get(name, "")))}</td>' for name in columns] for row in rows]
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     title = f'<caption style="text-align:left">{text_html(caption)}</caption>' if caption else ""

@@ -3,11 +3,17 @@
 Every function returns its figure; as the last line of a cell it is shown there, once.
 """
 
+import base64
 import collections
+import functools
+import io
 import math
+import re
+from html import escape
 
 import matplotlib.pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 BLUE, GREEN, VERMILION, GREY = "#0072B2", "#009E73", "#D55E00", "#6B6B6B"
@@ -19,6 +25,7 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#E6E6E6",
     "axes.axisbelow": True,
+    "text.parse_math": False,  # a $ in a model's name begins no formula
     "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, GREY]),
 }
 LOWER, HIGHER, NEITHER = "← lower is better", "→ higher is better", "neither direction is better"
@@ -49,7 +56,18 @@ def new_figure(columns=1, height=3.0):
         figure, axes = plt.subplots(1, columns, figsize=(6 if columns == 1 else 9.6, height), layout="constrained")
     plt.close(figure)  # pyplot forgets it, or the notebook would show it a second time at the end of the cell
     SmallPictures(figure)
+    figure._repr_html_ = functools.partial(figure_html, figure)  # Jupyter's own <img> of a figure has no alternative text
     return figure, axes
+
+
+def figure_html(figure, alt=None):
+    """`figure` as an <img>. Its alternative text, where none is given, is what stands in the figure in words."""
+    if alt is None:
+        texts = dict.fromkeys(" ".join(text.get_text().split()) for text in figure.findobj(Text))
+        alt = "; ".join(["Figure", *(text for text in texts if re.search(r"[^\W\d]", text))])
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight")
+    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def length_histogram(chosen, rejected):

@@ -144,7 +144,7 @@ def as_text(rows):
 
 def show(rows):
     """Display `rows` as a table. What is not ok stands in colour; the words say it too."""
-    head = "".join(f'<th style="text-align:left">{text_html(name)}</th>' for name in rows[0])
+    head = "".join(f'<th scope="col" style="text-align:left">{text_html(name)}</th>' for name in rows[0])
     style = {OK: TEXT_CELL, WARNING: f"{TEXT_CELL};background:rgba(230,159,0,0.2)", FAILED: f"{TEXT_CELL};{MARKS['del']}"}
     lines = ["".join(f'<td style="{style[r["result"]]}">{text_html(value)}</td>' for value in r.values()) for r in rows]
     show_html(f"<table><thead><tr>{head}</tr></thead><tbody><tr>{'</tr><tr>'.join(lines)}</tr></tbody></table>", as_text(rows))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 from pathlib import Path
 
 import torch
@@ -85,8 +86,17 @@ def read(run, name):
 
 
 def plain(value):
-    """`value` as text that Markdown shows letter for letter, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#&~!$])", r"\\\1", " ".join(str(value).split()))
+    """`value` as text that Markdown shows letter for letter, in one line.
+
+    A <span> within keeps a formula or an address from being recognised: in an address, a backslash would be part of it.
+    """
+    escaped = re.sub(r"[\\`*_{}\[\]|#~!$]", r"\\\g<0>", escape(" ".join(str(value).split()), quote=False))
+    return re.sub(r"\\[\\$]|://|www\.|@", r"<span>\g<0></span>", escaped)
+
+
+def quoted(value):
+    """`value` as JSON, and so as YAML, in which readers that take the card's head for Markdown find no tag, link or formula."""
+    return re.sub(r"[<>&(){}$`]", lambda letter: f"\\u{ord(letter[0]):04x}", json.dumps(value))
 
 
 def table(head, rows):
@@ -127,7 +137,7 @@ def model_card(run, merged=False):
     final = [[name, f"{record['final'][name]:.4f}"] for name in FINAL if name in record["final"]]
     done = [["steps", record["steps"]], ["pairs", record["pairs"]], ["seconds", f"{record['seconds']:.0f}"]]
     blocks = [
-        "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items()) + "\n---",
+        "---\n" + "\n".join(f"{key}: {quoted(value)}" for key, value in head.items()) + "\n---",
         f"# {plain(model)}, tuned with DPO on {plain(data)}",
         f"Direct Preference Optimization with {'a LoRA adapter, merged into the weights' if merged else 'a LoRA adapter'}, to make the "
         "model name fewer things that are not in the picture.",

@@ -1,18 +1,22 @@
 """A bar chart of what a training step needs in memory, and a widget whose sliders redraw it."""
 
-import base64
 import dataclasses
-import io
-from html import escape
 
 import ipywidgets
 from IPython.display import display
 
 from utils.memory import PRECISIONS, estimate, image_side, image_tokens
-from utils.plots import BLUE, GREY, VERMILION, new_figure
+from utils.plots import BLUE, GREY, VERMILION, figure_html, new_figure
 from utils.settings import PROFILES
 
 DEVICES = {"T4": 15e9, "24 GB": 24e9, "80 GB": 80e9}  # bytes; a Colab T4 has about 15 GB to give
+# What ipywidgets leaves out: the handles of its sliders have no name that a screen reader could say, and JupyterLab takes arrow
+# keys and letters in its menus for its own commands. Done once the chart is there, and again for a page that was still being built.
+KEYBOARD = """[0, 1000].forEach(wait => setTimeout(() => {
+const all = selector => this.closest('.widget-vbox')?.querySelectorAll(selector) ?? [];
+for (const handle of all('[role=slider]')) handle.ariaLabel = handle.closest('.widget-slider').querySelector('label').textContent;
+for (const menu of all('select')) menu.dataset.lmSuppressShortcuts = 'true';
+}, wait))"""
 TEXT_TOKENS = 256  # question and answer of the rows that the chart is for
 
 
@@ -60,10 +64,8 @@ def memory_html(settings, precision, side):
     what = f"{settings.model.split('/')[-1]}, weights in {precision}, LoRA rank {settings.lora_rank}"
     batch = f"pairs a step: {settings.batch_size}; tokens a row: {image_tokens(settings, side)} of the image, {TEXT_TOKENS} of text"
     numbers = ", ".join(f"{name} {readable(count)}" for name, count in components.items())
-    alt = escape(f"{what}, {batch}: {numbers}; total {readable(sum(components.values()))}", quote=True)
-    file = io.BytesIO()
-    memory_figure(components, f"{what}\n{batch}").savefig(file, format="png")
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    alt = f"{what}, {batch}: {numbers}; total {readable(sum(components.values()))}"
+    return figure_html(memory_figure(components, f"{what}\n{batch}"), alt)
 
 
 def memory_sliders(settings):
@@ -87,12 +89,16 @@ def memory_sliders(settings):
         chosen = profiles[change["new"]]
         rank.value, side.value, pairs.value = chosen.lora_rank, image_side(chosen), chosen.batch_size
 
+    def show_chart(picture):
+        page.value = picture.replace("<img ", f'<img onload="{KEYBOARD}" ', 1)
+
     first = render()
-    page = ipywidgets.HTML(value=first)
+    page = ipywidgets.HTML()
     controls = [model, precision, rank, side, pairs]
     model.observe(take_values, "value")
+    show_chart(first)
     for control in controls:
-        control.observe(lambda change: setattr(page, "value", render()), "value")
+        control.observe(lambda change: show_chart(render()), "value")
     box = ipywidgets.VBox([*controls, page])
     # display(box) offers no HTML to those who see the notebook without a kernel, hence a bundle of our own.
     view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}

@@ -1,0 +1,42 @@
+"""The README's pictures, taken again in JupyterLab from the embedded data: `python -m tools.screenshots [FOLDER]`. Needs a Chromium."""
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+from tests.browser import browser_page, command, jupyter_lab, new_notebook, open_notebook, output, run_all
+from tools.notebooks import ROOT
+
+START = "from utils import display, preferences, sliders\nfrom utils.settings import PROFILES\nsettings = PROFILES['embedded']"
+CELLS = {  # name of the picture → what it shows
+    "pair_browser": "display.browse(preferences.load(settings.dataset, settings.train_split))",
+    "memory_sliders": "sliders.memory_sliders(PROFILES['smolvlm'])",
+}
+COLOURS = 128  # enough for drawings, and a third of the bytes
+
+
+def take(place, file):
+    """Write what the page shows at `place` to `file`, without the empty margin on the right and below."""
+    picture = Image.open(io.BytesIO(place.screenshot())).convert("RGB")
+    empty = Image.new("RGB", picture.size, picture.getpixel((picture.width - 1, picture.height - 1)))
+    _, _, right, bottom = ImageChops.difference(picture, empty).getbbox()
+    picture.crop((0, 0, right + 8, bottom + 8)).quantize(COLOURS).save(file, optimize=True)
+
+
+def main(folder):
+    with tempfile.TemporaryDirectory() as place:
+        notebook = new_notebook(Path(place) / "screenshots.ipynb", [START, *CELLS.values()])
+        with jupyter_lab(place) as address, browser_page() as (page, _):
+            open_notebook(page, address(notebook.name))
+            command(page, "application:toggle-left-area")  # the list of files
+            run_all(page)
+            for cell, name in enumerate(CELLS, 2):  # the first two show nothing
+                output(page, cell).locator("img").wait_for()
+                take(output(page, cell), folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs")
