@@ -29,6 +29,7 @@ STYLE = {
     "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, GREY]),
 }
 LOWER, HIGHER, NEITHER = "← lower is better", "→ higher is better", "neither direction is better"
+SIDES = ["logps/chosen", "logps/rejected"]
 METRICS = {  # metric of evaluation.json → its name, of what it is a share, and which direction is better
     "chair_i": ("CHAIR-i", "named objects that are not there", LOWER),
     "chair_s": ("CHAIR-s", "answers with such an object", LOWER),
@@ -50,10 +51,10 @@ class SmallPictures(FigureCanvasAgg):
         picture.quantize(64, Image.Quantize.MAXCOVERAGE).save(filename_or_obj, "png")
 
 
-def new_figure(columns=1, height=3.0):
-    """A figure of `height` inches in the common style, and its Axes (an array of them if `columns` > 1)."""
+def new_figure(columns=1, height=3.0, rows=1):
+    """A figure of `height` inches in the common style, and its Axes (an array of them if there are several)."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, columns, figsize=(6 if columns == 1 else 9.6, height), layout="constrained")
+        figure, axes = plt.subplots(rows, columns, figsize=(6 if columns == 1 else 9.6, height), layout="constrained")
     plt.close(figure)  # pyplot forgets it, or the notebook would show it a second time at the end of the cell
     SmallPictures(figure)
     figure._repr_html_ = functools.partial(figure_html, figure)  # Jupyter's own <img> of a figure has no alternative text
@@ -107,35 +108,38 @@ def training_curves(log):
 
     Lines are training, dots are evaluation; a panel without values says so.
     """
-    figure, panels = new_figure(columns=4, height=2.7)
+    figure, panels = new_figure(columns=2, height=5.2, rows=2)
     contents = [
         ("Loss", "DPO loss (nats)", ["loss"], (math.log(2), "ln 2: no preference yet")),
-        ("Reward accuracy", "share of pairs", ["rewards/accuracies"], (0.5, "chance")),
+        ("Reward accuracy", "share of pairs", ["rewards/accuracies"], (0.5, "chance, if none tie")),
         ("Reward margin", "chosen − rejected (nats)", ["rewards/margins"], None),
-        ("Log-probability", "sum over an answer (nats)", ["logps/chosen", "logps/rejected"], None),
+        ("Log-probability", "sum over an answer (nats)", SIDES, None),
     ]
     dot = {"linestyle": "", "marker": "o", "markeredgecolor": "white"}
-    for axes, (title, unit, keys, level) in zip(panels, contents, strict=True):
+    drawn = {}
+    for axes, (title, unit, keys, level) in zip(panels.flat, contents, strict=True):
         axes.set(title=title, xlabel="step", ylabel=unit)
         for key in keys:
             colour = {"logps/chosen": GREEN, "logps/rejected": VERMILION}.get(key, BLUE)
             line = {"linestyle": "--" if key == "logps/rejected" else "-", "linewidth": 1.3, "marker": ".", "markersize": 2}
-            for name, style in ((key, line), (f"eval_{key}", dot)):
+            for what, name, style in (("training", key, line), ("held out", f"eval_{key}", dot)):
                 if points := [(entry["step"], entry[name]) for entry in log if name in entry]:
-                    axes.plot(*zip(*points, strict=True), color=colour, label="_" if name.startswith("eval_logps") else name, **style)
+                    drawn.setdefault(what, *axes.plot(*zip(*points, strict=True), color=colour, label=name, **style))
+                    if keys is SIDES and what == "training":
+                        axes.annotate(key.removeprefix("logps/"), points[-1], (0, 6), textcoords="offset points", color=colour, ha="right")
         if not axes.lines:
             axes.text(
                 0.5, 0.5, "\n".join(["nothing in the log for", *keys]), transform=axes.transAxes, ha="center", va="center", color=GREY
             )
             axes.set(xticks=[], yticks=[])
             continue
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=8)
         if level:
             value, meaning = level
             axes.axhline(value, color=GREY, linestyle=":", zorder=1)
             axes.text(1, value, meaning, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8, color=GREY)
-    panels[1].set_ylim(-0.03, 1.03)
+    panels[0, 1].set_ylim(-0.03, 1.03)
+    if len(drawn) > 1:
+        figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
