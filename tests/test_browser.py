@@ -172,15 +172,15 @@ def test_a_picture_is_shown_in_full_and_a_figure_once(notebook):
     assert "DPO loss" in output(page, FIGURE).locator("img").get_attribute("alt")
 
 
-def test_a_narrow_window_cuts_nothing_off(notebook):
+@pytest.mark.parametrize("width", [480, 360])
+def test_a_narrow_window_cuts_nothing_off(notebook, width):
     """Every control lies in the window, and what is wider than its output can be scrolled to."""
     page, _, _ = notebook
     wide = page.viewport_size
-    page.set_viewport_size({"width": 480, "height": 900})
+    page.set_viewport_size({"width": width, "height": 900})
     try:
-        right = page.locator(".jp-Notebook").bounding_box()
-        right = right["x"] + right["width"]
-        page.wait_for_function("() => document.querySelector('.jp-Notebook').clientWidth < 480")
+        page.wait_for_function("width => document.querySelector('.jp-Notebook').clientWidth < width", arg=width)
+        right = page.locator(".jp-Notebook").evaluate("notebook => notebook.getBoundingClientRect().right")
         for cell in (PAIRS, SLIDERS):
             for control in output(page, cell).locator("button, input, select, .noUi-handle, .widget-readout").all():
                 control.scroll_into_view_if_needed()

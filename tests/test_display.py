@@ -150,7 +150,7 @@ def test_differing_words_are_marked():
 
 def test_a_pair_tells_chosen_from_rejected_in_words():
     page = pair_html(pair(), "Pair 1 of 1")
-    assert text_of(page).text == "Pair 1 of 1\nWhat is it?✅ Chosen\nA red cup.❌ Rejected\nA blue cup."
+    assert text_of(page).text == "Pair 1 of 1\nWhat is it?✔ Chosen\nA red cup.✘ Rejected\nA blue cup."
     assert (marked(page, "ins"), marked(page, "del")) == (["red"], ["blue"])
 
 

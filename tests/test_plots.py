@@ -228,8 +228,8 @@ def test_a_figure_is_shown_with_what_stands_in_it_as_its_alternative_text():
     figure, axes = plots.new_figure()
     axes.set(title='"<b>cups</b>"', xlabel="step", ylabel="7")
     page = figure._repr_html_()
-    assert page.startswith('<img alt="Figure; step; &quot;&lt;b&gt;cups&lt;/b&gt;&quot;" src="data:image/png;base64,')
-    assert plots.figure_html(figure, "other words").startswith('<img alt="other words" src=')
+    assert page.startswith('<img alt="Figure; step; &quot;&lt;b&gt;cups&lt;/b&gt;&quot;" ') and ' src="data:image/png;base64,' in page
+    assert plots.figure_html(figure, "other words").startswith('<img alt="other words" ')
 
 
 def test_a_dollar_in_a_title_begins_no_formula():

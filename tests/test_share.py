@@ -104,8 +104,8 @@ def test_what_was_shared_loads_in_another_process_far_from_this_repository(run, 
 
 
 def rendered(card):
-    """The card's text as HTML, without the spans that keep $ and \\ from beginning a formula."""
-    return re.sub("</?span>", "", mistune.create_markdown(plugins=["table"])(ModelCard(card).text))
+    """The card's text as HTML for a reader that lets tags through, without the spans that keep formulas and addresses apart."""
+    return re.sub("</?span>", "", mistune.create_markdown(escape=False, plugins=["table"])(ModelCard(card).text))
 
 
 @pytest.mark.parametrize("merged", [True, False])

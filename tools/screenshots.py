@@ -21,9 +21,9 @@ COLOURS = 128  # enough for drawings, and a third of the bytes
 def take(place, file):
     """Write what the page shows at `place` to `file`, without the empty margin on the right and below."""
     picture = Image.open(io.BytesIO(place.screenshot())).convert("RGB")
-    empty = Image.new("RGB", picture.size, picture.getpixel((picture.width - 1, picture.height - 1)))
-    _, _, right, bottom = ImageChops.difference(picture, empty).getbbox()
-    picture.crop((0, 0, right + 8, bottom + 8)).quantize(COLOURS).save(file, optimize=True)
+    _, background = max(picture.getcolors(picture.width * picture.height))
+    _, _, right, bottom = ImageChops.difference(picture, Image.new("RGB", picture.size, background)).getbbox()
+    picture.crop((0, 0, min(right + 8, picture.width), bottom)).quantize(COLOURS).save(file, optimize=True)
 
 
 def main(folder):
@@ -35,7 +35,7 @@ def main(folder):
             run_all(page)
             for cell, name in enumerate(CELLS, 2):  # the first two show nothing
                 output(page, cell).locator("img").wait_for()
-                take(output(page, cell), folder / f"{name}.png")
+                take(output(page, cell).locator(".widget-vbox"), folder / f"{name}.png")
 
 
 if __name__ == "__main__":

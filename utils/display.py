@@ -91,8 +91,8 @@ def pair_html(row, title):
             raise ValueError(f"{title}: {column!r} is of type {type(row[column]).__name__}: give text, not a list of messages")
     lines = [
         f"<strong>{text_html(title)}</strong><br>{text_html(row['question'])}",
-        f"<strong>✅ Chosen</strong><br>{difference_html(row['chosen'], row['rejected'], 'ins')}",
-        f"<strong>❌ Rejected</strong><br>{difference_html(row['rejected'], row['chosen'], 'del')}",
+        f"<strong>✔ Chosen</strong><br>{difference_html(row['chosen'], row['rejected'], 'ins')}",
+        f"<strong>✘ Rejected</strong><br>{difference_html(row['rejected'], row['chosen'], 'del')}",
     ]
     cells = [f'<td style="{TEXT_CELL};width:100%">{line}</td>' for line in lines]
     picture = image_html(row["image"], alt=f"Image for the question: {row['question']}")

@@ -68,7 +68,8 @@ def figure_html(figure, alt=None):
         alt = "; ".join(["Figure", *(text for text in texts if re.search(r"[^\W\d]", text))])
     file = io.BytesIO()
     figure.savefig(file, format="png", bbox_inches="tight")
-    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(alt, quote=True)}" style="max-width:100%" src="data:image/png;base64,{data}">'
 
 
 def length_histogram(chosen, rejected):

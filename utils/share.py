@@ -91,7 +91,7 @@ def plain(value):
     A <span> within keeps a formula or an address from being recognised: in an address, a backslash would be part of it.
     """
     escaped = re.sub(r"[\\`*_{}\[\]|#~!$]", r"\\\g<0>", escape(" ".join(str(value).split()), quote=False))
-    return re.sub(r"\\[\\$]|://|www\.|@", r"<span>\g<0></span>", escaped)
+    return re.sub(r"\\\$|\\\\(?=[a-z(]|\\\[)|://|www\.|@", r"<span>\g<0></span>", escaped)
 
 
 def quoted(value):
