@@ -14,6 +14,6 @@ torch.set_num_threads(1)
 
 # The same few examples each time; `--hypothesis-profile thorough` hunts with new ones. A slow machine fails neither.
 unhurried = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("quick", max_examples=50, derandomize=True, **unhurried)
+settings.register_profile("quick", max_examples=100, derandomize=True, **unhurried)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, **unhurried)
 settings.load_profile("quick")

@@ -170,8 +170,7 @@ def gap(pair):
 def balance_by_threshold(pairs):
     """(RLAIF-V's balanced pairs, r): those dropped in which the rejected answer is longer by more than the share r of its length.
 
-    r is the one of 0, 0.02, … 0.98 with which chosen and rejected answers come closest to being equally long on average.
-    ValueError when there is no pair, or none within 0.98.
+    r: the one of 0, 0.02, … 0.98 with which both sides' mean lengths come closest. ValueError when there is no pair within 0.98.
     """
     shares = [gap(pair) / len(pair["rejected"].split()) for pair in pairs]
     kept = {r / 50: [pair for pair, share in zip(pairs, shares, strict=True) if share <= r / 50] for r in range(50)}
