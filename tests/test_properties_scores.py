@@ -151,6 +151,7 @@ def test_a_difference_is_turned_round_when_its_sides_are(tables):
     assert back["p"] == forth["p"] and 1 / 201 <= forth["p"] <= 1
     assert forth["low"] <= forth["high"] and forth["low"] - 1e-12 <= forth["mean"] <= forth["high"] + 1e-12
     assert forth["mean"] == pytest.approx(statistics.rate(tables[1]) - statistics.rate(tables[0]))
+    assert statistics.paired_difference(tables[0], tables[0], resamples=20) == {"mean": 0, "low": 0, "high": 0, "p": 1}
 
 
 @given(BOTH, st.floats(0.01, 0.5))
