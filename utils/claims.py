@@ -8,8 +8,9 @@ SYNONYMS = {"mug": "cup", "automobile": "car"}  # what people and larger models 
 _CATEGORY = {form: c for c in CATEGORIES for form in (c, c + "s")} | {w + s: c for w, c in SYNONYMS.items() for s in ("", "s")}
 _WORDS = re.compile(r"[A-Za-z]+")
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]?")
-_PLACE = re.compile(r"\b(" + "|".join(sorted(PLACES, key=len, reverse=True)) + r")\b", re.IGNORECASE)
-_COUNT = re.compile(r"\b(" + "|".join(NUMBERS[1:]) + r") objects?\b", re.IGNORECASE)
+# (?a:…) because ignoring case otherwise makes "ı" and "ſ" equal to "i" and "s": "rıght" is no place, "ſix" no number.
+_PLACE = re.compile(r"\b(?a:(" + "|".join(sorted(PLACES, key=len, reverse=True)) + r"))\b", re.IGNORECASE)
+_COUNT = re.compile(r"\b(?a:(" + "|".join(NUMBERS[1:]) + r") objects?)\b", re.IGNORECASE)
 
 
 def mentions(text):

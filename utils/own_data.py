@@ -6,6 +6,7 @@ python -m utils.own_data FOLDER writes it to FOLDER/data as Parquet.
 import argparse
 import csv
 import json
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
@@ -51,10 +52,14 @@ def load_folder(folder):
 
 def utf8_lines(data, problems):
     """The lines of `data`; one that is not UTF-8 is added to `problems` and left empty."""
-    lines = data.decode("utf-8-sig", errors="replace").split("\n")  # not splitlines: it also cuts at characters inside a text
-    wrong = [number for number, line in enumerate(lines, start=1) if "\ufffd" in line]
-    problems += [(number, "not UTF-8: save the file with that encoding") for number in wrong]
-    return [line if "\ufffd" not in line else "" for line in lines]
+    lines = []
+    for number, line in enumerate(data.removeprefix(BOM_UTF8).split(b"\n"), start=1):  # not splitlines: a text may hold a \r
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            problems.append((number, "not UTF-8: save the file with that encoding"))
+            lines.append("")
+    return lines
 
 
 def jsonl_rows(lines, problems):

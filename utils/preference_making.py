@@ -118,8 +118,8 @@ def mistakes(answers, rows):
 
 
 def sentences(text):
-    """`text` cut into sentences: claims about any picture, where nothing better splits them."""
-    return [sentence.strip() for sentence in re.findall(r"[^.!?\n]+[.!?]*", text) if sentence.strip()]
+    """`text` cut into sentences: claims about any picture, where nothing better splits them. A full stop alone is none."""
+    return [sentence.strip() for sentence in re.findall(r"[^.!?\s][^.!?\n]*[.!?]*", text)]
 
 
 def candidates(texts, counts):
@@ -170,13 +170,13 @@ def gap(pair):
 def balance_by_threshold(pairs):
     """(RLAIF-V's balanced pairs, r): those dropped in which the rejected answer is longer by more than the share r of its length.
 
-    r is the one of 0, 0.02, … 0.98 with which chosen and rejected answers come closest to being equally long on average.
+    r: the one of 0, 0.02, … 0.98 with which both sides' mean lengths come closest. ValueError when there is no pair within 0.98.
     """
-    if not pairs:
-        raise ValueError("there is no pair to balance: sample more answers, or look at what the judge rejects")
     shares = [gap(pair) / len(pair["rejected"].split()) for pair in pairs]
     kept = {r / 50: [pair for pair, share in zip(pairs, shares, strict=True) if share <= r / 50] for r in range(50)}
-    best = min((r for r in kept if kept[r]), key=lambda r: abs(mean(map(gap, kept[r]))))
+    best = min((r for r in kept if kept[r]), key=lambda r: abs(mean(map(gap, kept[r]))), default=None)
+    if best is None:
+        raise ValueError("there is no pair to balance: sample more answers, or look at what the judge rejects")
     return kept[best], best
 
 
