@@ -52,6 +52,14 @@ def test_a_folder_without_pictures_says_so(tmp_path):
         make_pairs.main([str(tmp_path)])
 
 
+def test_a_judge_that_accepts_everything_leaves_no_pair(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    monkeypatch.setattr(making, "model_judge", lambda claims, rows, **loaded: [True] * len(claims))
+    with pytest.raises(SystemExit, match=r"there is no pair to balance.*More --samples"):
+        make_pairs.main([str(tmp_path), "--samples", "2"])
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
 def test_answers_and_verdicts_keep_to_their_picture(tmp_path, monkeypatch):
     """Pictures are asked about some at a time; the grey level of each says which it is, through sampling, judging and pairing."""
     for number in range(5):

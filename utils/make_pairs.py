@@ -91,9 +91,10 @@ def main(arguments=None):
     counts = judge(options.folder, names, options.question, answers, judging)
     rows = [{"question": options.question}] * len(names)
     pairs = making.pair_all(rows, answers, counts, random.Random(settings.seed))
-    if not pairs:
-        raise SystemExit("no two answers to a picture differ in how many sentences are rejected: take more --samples, or another --judge")
-    balanced, threshold = making.balance_by_threshold(pairs)
+    try:
+        balanced, threshold = making.balance_by_threshold(pairs)
+    except ValueError as error:
+        raise SystemExit(f"{error}. More --samples may help, or another --judge") from None
     lines = [{"image": names[pair["row"]]} | {key: pair[key] for key in ("question", "chosen", "rejected")} for pair in balanced]
     target.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     rejected = sum(map(sum, counts)) / sum(len(making.sentences(text)) for texts in answers for text in texts)
