@@ -172,6 +172,7 @@ def test_a_table_is_read_letter_for_letter_or_refused_with_the_lines_at_fault(fo
 @given(TABLES, st.sampled_from(["csv", "jsonl"]), EDITS)
 @example([], "jsonl", [(0, 0, b'{"image": "red.png", "question": "?", "chosen": "\\ud800", "rejected": "No."}')])
 @example([], "jsonl", [(0, 0, b'{"chosen": "Yes.", "chosen": "No."}')])
+@example([], "csv", [(0, 99, b'image,question,chosen,rejected\nred.png,"What?')])
 def test_a_damaged_table_is_read_or_refused_by_line_and_nothing_else(folder, rows, kind, edits):
     data = written(rows, kind)[0]
     for start, length, new in edits:
