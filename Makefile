@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup tutorial test test-colab lab notebooks check lock badges book audit
+.PHONY: help setup tutorial test test-colab lab notebooks check lock book audit badges
 PYTHON := .venv/bin/python
 
 help: ## this list
@@ -36,6 +36,7 @@ lock: setup ## bring requirements.lock up to requirements.txt and pyproject.toml
 		--custom-compile-command "make lock" requirements.txt --group dev --output-file requirements.lock
 
 book: setup ## the notebooks, with their outputs, as a website in build/book; a link that leads nowhere is an error
+	@rm -rf build/book
 	@$(PYTHON) -m sphinx -b html -c docs -d build/book-doctrees --write-all --fresh-env --fail-on-warning --nitpicky --quiet . build/book
 	@echo "build/book/index.html"
 

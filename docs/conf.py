@@ -2,15 +2,11 @@
 
 import re
 import shutil
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from fnmatch import fnmatch
 
 from ipython_pygments_lexers import IPython3Lexer
 
-from tools.notebooks import home
+from tools.notebooks import ROOT, home  # found because `python -m sphinx` starts in the root
 
 HOME = home()
 GITHUB = f"https://github.com/{HOME['repository']}"
@@ -68,12 +64,13 @@ html_theme_options = {
 
 def prepare(app, docname, source):
     """The source of a page as the book has it: no badge, links to files that are no page lead to GitHub, contents after the README."""
-    here = (ROOT / docname).parent
 
     def address(match):
-        place = (here / match[1]).resolve()
+        place = (ROOT / docname).parent.joinpath(match[1]).resolve()
+        if not place.exists():  # no link but code, such as functions[0](x), or a wrong link, which Sphinx will name
+            return match[0]
         name = place.relative_to(ROOT).as_posix()
-        if any(place.match(pattern) for pattern in include_patterns) or place.suffix == ".png":
+        if place.suffix == ".png" or any(fnmatch(name, pattern) for pattern in include_patterns):
             return match[0]
         return f"{GITHUB}/{'tree' if place.is_dir() else 'blob'}/{HOME['branch']}/{name}{match[2]}"
 
