@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup tutorial test test-colab lab notebooks check lock book audit badges
 PYTHON := .venv/bin/python
+BOOK := build/book
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
@@ -35,10 +36,10 @@ lock: setup ## bring requirements.lock up to requirements.txt and pyproject.toml
 	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 		--custom-compile-command "make lock" requirements.txt --group dev --output-file requirements.lock
 
-book: setup ## the notebooks, with their outputs, as a website in build/book; a link that leads nowhere is an error
-	@rm -rf build/book
-	@$(PYTHON) -m sphinx -b html -c docs -d build/book-doctrees --write-all --fresh-env --fail-on-warning --nitpicky --quiet . build/book
-	@echo "build/book/index.html"
+book: setup ## the notebooks, with their outputs, as a website in build/book/; a link that leads nowhere is an error
+	@rm -rf $(BOOK)
+	@$(PYTHON) -m sphinx -b html -c docs -d $(BOOK)-doctrees --fresh-env --fail-on-warning --nitpicky --quiet . $(BOOK)
+	@echo "$(BOOK)/index.html"
 
 # Strict: without it, an index that answers for no package at all passes as "No known vulnerabilities".
 audit: setup ## known vulnerabilities of what requirements.lock installs on this system; needs the package index

@@ -49,6 +49,7 @@ nb_ipywidgets_js = {}  # two scripts from other hosts, for widgets; the book has
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"
+html_show_search_summary = False  # a page opened as a file may not fetch others
 html_static_path = ["book.css"]
 html_css_files = ["book.css"]
 html_context = {"default_mode": "auto"}
