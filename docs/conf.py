@@ -11,32 +11,8 @@ from tools.notebooks import ROOT, home  # found because `python -m sphinx` start
 HOME = home()
 GITHUB = f"https://github.com/{HOME['repository']}"
 BADGE = re.compile(r"\[!\[([^]]*)\](?:\(https?:[^)]*\)|\[\w+\])\]")
-LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)([^)\s]*)(?=\))")
-CONTENTS = """
-
-```{toctree}
-:caption: The course
-:hidden:
-:glob:
-notebooks/0[1-6]*
-```
-
-```{toctree}
-:caption: Further
-:hidden:
-:glob:
-notebooks/0[7-9]*
-notebooks/1*
-```
-
-```{toctree}
-:caption: Behind it
-:hidden:
-embedded/README
-tests/README
-CONTRIBUTING
-```
-"""
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)([^)\s]*)(?=\))")
+CONTENTS = (ROOT / "docs" / "contents.md").read_text(encoding="utf-8")
 
 project = "vlm-dpo"
 html_title = "Preference-tune a vision language model"
@@ -76,12 +52,12 @@ def prepare(app, docname, source):
         return f"{GITHUB}/{'tree' if place.is_dir() else 'blob'}/{HOME['branch']}/{name}{match[2]}"
 
     text = BADGE.sub(r"[\1]", source[0])  # as pictures they would be fetched from another host
-    source[0] = LINK.sub(address, text) + (CONTENTS if docname == root_doc else "")
+    source[0] = LINK.sub(address, text) + (f"\n\n{CONTENTS}" if docname == root_doc else "")
 
 
 def finish(app, error):
     """The front page is also index.html, which a folder's address shows."""
-    if not error:
+    if not error and app.builder.name == "html":
         shutil.copy(app.outdir / "README.html", app.outdir / "index.html")
 
 
