@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup tutorial test test-colab lab notebooks check lock badges
+.PHONY: help setup tutorial test test-colab lab notebooks check lock book audit badges
 PYTHON := .venv/bin/python
+BOOK := build/book
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
@@ -34,6 +35,15 @@ check: setup ## style, and the tests that take seconds
 lock: setup ## bring requirements.lock up to requirements.txt and pyproject.toml
 	@$(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 		--custom-compile-command "make lock" requirements.txt --group dev --output-file requirements.lock
+
+book: setup ## the notebooks, with their outputs, as a website in build/book/; a link that leads nowhere is an error
+	@rm -rf $(BOOK)
+	@$(PYTHON) -m sphinx -b html -c docs -d $(BOOK)-doctrees --fresh-env --fail-on-warning --nitpicky --quiet . $(BOOK)
+	@echo "$(BOOK)/index.html"
+
+# Strict: without it, an index that answers for no package at all passes as "No known vulnerabilities".
+audit: setup ## known vulnerabilities of what requirements.lock installs on this system; needs the package index
+	@$(PYTHON) -m uv tool run pip-audit==2.10.1 --requirement requirements.lock --no-deps --disable-pip --strict --progress-spinner off
 
 badges: setup ## REPOSITORY=owner/name: point badges and clone addresses to a fork
 	@$(PYTHON) -m tools.notebooks badges "$(REPOSITORY)"

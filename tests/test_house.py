@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -175,7 +176,7 @@ def test_make_target(target, command):
 
 def test_make_alone_lists_the_targets():
     printed = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True).stdout
-    targets = "help tutorial test test-colab lab notebooks check lock badges".split()
+    targets = "help tutorial test test-colab lab notebooks check lock book audit badges".split()
     assert re.findall(r"^  make ([\w-]+)", printed, flags=re.MULTILINE) == targets
 
 
@@ -262,7 +263,7 @@ def repository(tmp_path, monkeypatch):
     for name in ("utils/chat.py", "embedded/scenes.py", "embedded/manifest.json", "requirements.lock"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    (tmp_path / "pyproject.toml").write_text('[tool.tutorial]\nrepository = "OWNER/vlm-dpo"\nbranch = "main"\n')
+    (tmp_path / "pyproject.toml").write_text('[tool.tutorial]\nrepository = "before/tutorial"\nbranch = "main"\n')
     (tmp_path / "notebooks").mkdir()
     with mock.patch.dict(os.environ):
         yield tmp_path
@@ -399,41 +400,66 @@ def test_digest_is_of_code_not_of_prose(repository):
 
 
 def test_badges_move_every_address_and_keep_the_stamp(repository):
-    path = save(repository, "01_one", notebooks.bootstrap(repository), "other = 'OWNER/vlm-dpo-data'")
+    path = save(repository, "01_one", notebooks.bootstrap(repository), "other = 'before/tutorial-data'")
     notebook = nbformat.read(path, 4)
-    notebook.cells[0].source = "# A title\n[badge](https://colab.research.google.com/github/OWNER/vlm-dpo/blob/main/notebooks/01_one.ipynb)"
+    notebook.cells[0].source = "https://colab.research.google.com/github/before/tutorial/blob/main/notebooks/01_one.ipynb"
     nbformat.write(notebook, path)
-    (repository / "README.md").write_text("git clone https://github.com/OWNER/vlm-dpo.git\n")
+    (repository / "README.md").write_text("https://github.com/before/tutorial.git https://before.github.io/tutorial/ before/tutorial")
     notebooks.badges("somebody/fork", repository)
     moved = nbformat.read(path, 4)
-    assert "github/somebody/fork/blob/main/notebooks/01_one.ipynb" in moved.cells[0].source
+    assert moved.cells[0].source == "https://colab.research.google.com/github/somebody/fork/blob/main/notebooks/01_one.ipynb"
     assert moved.cells[1].source == notebooks.bootstrap(repository)
     assert 'REPOSITORY = "somebody/fork"' in moved.cells[1].source
-    assert moved.cells[2].source == "other = 'OWNER/vlm-dpo-data'"
-    assert (repository / "README.md").read_text() == "git clone https://github.com/somebody/fork.git\n"
+    assert moved.cells[2].source == "other = 'before/tutorial-data'"
+    moved_readme = (repository / "README.md").read_text()
+    assert moved_readme == "https://github.com/somebody/fork.git https://somebody.github.io/fork/ before/tutorial"
     assert notebooks.digest(moved, repository) == notebooks.digest(notebook, repository)
     with pytest.raises(SystemExit, match="owner/name"):
         notebooks.badges("nonsense", repository)
 
 
-@pytest.mark.parametrize("colab", [False, True])
-def test_bootstrap_finds_the_repository_and_installs_only_on_colab(repository, colab):
+def test_badges_leave_no_trace_of_the_old_repository(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache"))
+    old = notebooks.home(copy)["repository"]
+    notebooks.badges("somebody/fork", copy)
+    texts = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert not [path for path, text in texts.items() if re.search(re.escape(old).replace("/", "(/|.github.io/)").encode(), text)]
+    assert notebooks.home(copy)["repository"] == "somebody/fork"
+    readme = (copy / "README.md").read_text(encoding="utf-8")
+    assert "https://codespaces.new/somebody/fork)" in readme
+    assert "https://somebody.github.io/fork/" in readme
+    for path in (copy / "notebooks").glob("*.ipynb"):
+        first = nbformat.read(path, 4).cells[0].source
+        for badge in notebook_badges(path.name, "somebody/fork"):
+            assert badge in first
+            assert badge in readme
+
+
+def notebook_badges(name, repository):
+    blob = f"{repository}/blob/main/notebooks/{name}"
+    return f"(https://colab.research.google.com/github/{blob})", f"(https://kaggle.com/kernels/welcome?src=https://github.com/{blob})"
+
+
+COLAB = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')"
+KAGGLE = "import os\nos.environ['KAGGLE_KERNEL_RUN_TYPE'] = 'Interactive'"
+
+
+@pytest.mark.parametrize("place", [COLAB, KAGGLE, None], ids=["Colab", "Kaggle", "here"])
+def test_bootstrap_finds_the_repository_and_installs_only_on_colab_and_kaggle(repository, place):
     (repository / "utils" / "settings.py").write_text("")
-    stand_ins = [
-        "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')" if colab else "pass",
-        "from IPython import get_ipython\nget_ipython().register_magic_function(lambda line: print('pip', line), magic_name='pip')",
-    ]
-    path = save(repository, "01_one", *stand_ins, notebooks.bootstrap(repository), "print(root, sys.path[0])")
+    pip = "from IPython import get_ipython\nget_ipython().register_magic_function(lambda line: print('pip', line), magic_name='pip')"
+    path = save(repository, "01_one", place or "pass", pip, notebooks.bootstrap(repository), "print(root, sys.path[0])")
     notebooks.run([path], repository / "build")
     cells = nbformat.read(repository / "build" / "notebooks" / "01_one.ipynb", 4).cells
     assert cells[-1].outputs[0].text == f"{repository} {repository}\n"
     printed = "".join(output.text for output in cells[3].outputs)
-    assert printed == (f'pip install -q -r "{repository}/requirements-colab.txt"\n' if colab else "")
+    assert printed == (f'pip install -q -r "{repository}/requirements-colab.txt"\n' if place else "")
 
 
 def test_bootstrap_clones_where_there_is_no_repository(repository, tmp_path_factory, monkeypatch):
     """git is told to take a folder for github.com; the second run of the cell finds the clone that the first one made."""
-    source, alone = tmp_path_factory.mktemp("github") / "OWNER" / "vlm-dpo", tmp_path_factory.mktemp("alone")
+    source, alone = tmp_path_factory.mktemp("github") / "before" / "tutorial", tmp_path_factory.mktemp("alone")
     (source / "utils").mkdir(parents=True)
     (source / "utils" / "settings.py").write_text("")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
@@ -445,7 +471,7 @@ def test_bootstrap_clones_where_there_is_no_repository(repository, tmp_path_fact
     cell = notebooks.bootstrap(repository)
     notebooks.run([save(repository, "01_one", cell, cell, "print(root, sys.path[0])")], alone)
     cells = nbformat.read(alone / "notebooks" / "01_one.ipynb", 4).cells
-    clone = alone / "notebooks" / "vlm-dpo"
+    clone = alone / "notebooks" / "tutorial"
     assert cells[-1].outputs[0].text == f"{clone} {clone}\n"
     assert (clone / "utils" / "settings.py").exists()
     assert [cell.outputs for cell in cells[1:3]] == [[], []]

@@ -122,8 +122,9 @@ def test_anatomy(path):
     first = read(path).cells[0]
     assert first.cell_type == "markdown"
     assert first.source.startswith("# ")
-    badge = f"https://colab.research.google.com/github/{home()['repository']}/blob/{home()['branch']}/notebooks/{path.name}"
-    assert badge in links(first.source)
+    file = f"{home()['repository']}/blob/{home()['branch']}/notebooks/{path.name}"
+    assert f"https://colab.research.google.com/github/{file}" in links(first.source)
+    assert f"https://kaggle.com/kernels/welcome?src=https://github.com/{file}" in links(first.source)
     assert re.search(r"^#+ What you saw", markdown(path), flags=re.MULTILINE)
     assert markdown(path).count("<details") >= 2
 

@@ -29,6 +29,7 @@ QUIET = {
     "JUPYTER_PATH": f"{sys.prefix}/share/jupyter",  # this environment's python3 kernel, before any that the user installed
 }
 BOOTSTRAP = """\
+import os
 import sys
 from pathlib import Path
 
@@ -38,7 +39,8 @@ found = [folder for folder in (clone, *clone.parents) if (folder / "utils" / "se
 if not found:  # this notebook was opened on its own, as on Colab
     !git clone -q --depth 1 --branch BRANCH "https://github.com/{REPOSITORY}" "{clone}"
 root = found[0] if found else clone
-if "google.colab" in sys.modules:  # before anything is imported: packages replaced later do not take effect
+if "google.colab" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+    # Before anything is imported: packages replaced later do not take effect.
     %pip install -q -r "{root}/requirements-colab.txt"
 sys.path.insert(0, str(root))  # first, because others have a package called utils too
 import utils  # before the large packages: it keeps their hints quiet"""
@@ -179,12 +181,15 @@ def machine_place(text, root=ROOT):
 
 
 def badges(repository, root=ROOT):
-    """Write `repository` (`owner/name`) wherever the old one stands: pyproject.toml, badges, clone addresses, constants."""
+    """Write `repository` (`owner/name`) wherever the old one stands: pyproject.toml, badges, clone and book addresses, constants."""
     if not re.fullmatch(r"[\w-]+/[\w.-]+", repository):
         raise SystemExit(f"{repository!r} is not of the form owner/name: make badges REPOSITORY=owner/name")
-    place = re.compile(rf'(github\.com/|/github/|repository = "|REPOSITORY = \\"){re.escape(home(root)["repository"])}(?![\w-])')
+    old = home(root)["repository"]
+    place = re.compile(rf'(github\.com/|/github/|codespaces\.new/|repository = "|REPOSITORY = \\"){re.escape(old)}(?![\w-])')
+    book = re.compile(rf"\b{re.escape(old.replace('/', '.github.io/'))}(?![\w-])")
     for path in [root / "pyproject.toml", root / "README.md", *sorted(root.glob("notebooks/*.ipynb"))]:
-        write(path, place.sub(lambda match: match[1] + repository, path.read_text(encoding="utf-8")))
+        text = place.sub(lambda match: match[1] + repository, path.read_text(encoding="utf-8"))
+        write(path, book.sub(repository.replace("/", ".github.io/"), text))
 
 
 def main():
