@@ -63,9 +63,10 @@ def learning_rate(trainer):
     rate, adapter = trainer.args.learning_rate, isinstance(trainer.model, PeftModel)
     if not adapter:
         return row("learning rate", WARNING if rate > LOWEST_RATE else OK, f"{rate:g}, without an adapter", "about 1e-6")
+    advice = "1e-5 to 1e-4, 3e-4 for a very small model"
     if rate < LOWEST_RATE:
-        return row("learning rate", FAILED, f"{rate:g} is for training all weights; an adapter hardly moves", "1e-5 to 1e-4")
-    return row("learning rate", WARNING if rate > HIGHEST_RATE else OK, f"{rate:g}", "1e-5 to 1e-4, 3e-4 for a very small model")
+        return row("learning rate", FAILED, f"{rate:g} is for training all weights; an adapter hardly moves", advice)
+    return row("learning rate", WARNING if rate > HIGHEST_RATE else OK, f"{rate:g}", advice)
 
 
 def trainable(trainer, parts):
