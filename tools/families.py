@@ -39,16 +39,19 @@ class Recorder:
 
 
 def table(results):
-    """Markdown: one row per family, one column per property, what the properties mean, and what stops the other families."""
+    """Markdown: which families pass; folded, a row per family, a column per property, what each means, and what stops the others."""
     headings = list(results["properties"])
-    lines = ["", f"| | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
+    whole = [family for family, proven in results["families"].items() if set(proven.values()) == {"passed"}]
+    lines = ["", f"All of it holds for {', '.join(whole)}; these library versions cannot train {', '.join(results['not proven'])}."]
+    lines += ["", f"<details><summary>{len(headings)} properties, family by family, and what stops the others</summary>"]
+    lines += ["", f"| | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
     for family, proven in results["families"].items():
         lines.append(f"| {family} | {' | '.join(SIGNS[proven[heading]] for heading in headings)} |")
     lines += ["", *(f"- **{heading}**: {meaning}." for heading, meaning in results["properties"].items())]
     lines += ["", "Not proven, because these versions of the libraries do not allow it:", ""]
     lines += [f"- **{family}**: {why}." for family, why in results["not proven"].items()]
     used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return "\n".join([*lines, "", f"({used}; `python -m tools.families` runs the tests and rewrites this part.)", ""])
+    return "\n".join([*lines, "", f"({used}; `python -m tools.families` runs the tests and rewrites this part.)", "", "</details>", ""])
 
 
 def between_markers(text):
