@@ -21,7 +21,6 @@ root_doc = "README"
 include_patterns = ["README.md", "CONTRIBUTING.md", "embedded/README.md", "tests/README.md", "notebooks/*.ipynb"]
 exclude_patterns = [".*", "build", "runs"]
 nb_execution_mode = "off"
-nb_ipywidgets_js = {}  # two scripts from other hosts, for widgets; the book has none
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"
