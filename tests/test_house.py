@@ -176,7 +176,7 @@ def test_make_target(target, command):
 
 def test_make_alone_lists_the_targets():
     printed = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True).stdout
-    targets = "help tutorial test test-colab lab notebooks check lock book audit badges".split()
+    targets = "help setup tutorial test test-colab lab notebooks check lock book audit badges".split()
     assert re.findall(r"^  make ([\w-]+)", printed, flags=re.MULTILINE) == targets
 
 
