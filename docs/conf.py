@@ -1,5 +1,6 @@
 """The book: README and notebooks, with their committed outputs, as pages that need no network. `make book` builds it."""
 
+import json
 import re
 import shutil
 from fnmatch import fnmatch
@@ -50,8 +51,19 @@ def prepare(app, docname, source):
             return match[0]
         return f"{GITHUB}/{'tree' if place.is_dir() else 'blob'}/{HOME['branch']}/{name}{match[2]}"
 
-    text = BADGE.sub(r"[\1]", source[0])  # as pictures they would be fetched from another host
+    text = numbered(source[0], docname) if docname.startswith("notebooks/") else source[0]
+    text = BADGE.sub(r"[\1]", text)  # as pictures they would be fetched from another host
     source[0] = LINK.sub(address, text) + (f"\n\n{CONTENTS}" if docname == root_doc else "")
+
+
+def numbered(text, docname):
+    """A notebook with its number in the title, as the texts speak of it, and its set-up cell folded."""
+    notebook = json.loads(text)
+    title = notebook["cells"][0]["source"]
+    title[0] = title[0].replace("# ", f"# {docname.partition('/')[2][:2]} · ", 1)
+    setup_cell = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    setup_cell["metadata"]["tags"] = ["hide-input"]
+    return json.dumps(notebook, ensure_ascii=False)
 
 
 def finish(app, error):

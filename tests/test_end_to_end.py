@@ -1,14 +1,20 @@
 """The whole path in small: train on the embedded default, then compare base and tuned; and all of it without a network."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
+import pytest
+from PIL import Image, ImageChops, ImageStat
+
 from utils import evaluation, models, preferences, train
+from utils.plots import before_after
 from utils.settings import PROFILES, ROOT
 
 SETTINGS = PROFILES["embedded"]
+RESULTS = ROOT / "results" / "embedded"
 # Python tells this hook of every socket that is made, in whatever library, and of every name that is looked up.
 NO_SOCKET = """
 import socket, sys
@@ -74,6 +80,13 @@ def test_a_socket_would_be_noticed():
     ):
         done = run_without_sockets(code)
         assert done.returncode and "a socket: " in done.stderr
+
+
+def test_the_readme_s_figure_is_that_of_seed_0():
+    drawn = io.BytesIO()
+    before_after(json.loads((RESULTS / "evaluation-seed0.json").read_text())).savefig(drawn)
+    ours, committed = (Image.open(file).convert("RGB") for file in (drawn, RESULTS / "before_after.png"))
+    assert ours.size == committed.size and ImageStat.Stat(ImageChops.difference(ours, committed)).mean == pytest.approx([0] * 3, abs=0.1)
 
 
 def test_committed_results_reach_what_the_readme_says():

@@ -143,7 +143,7 @@ def test_only_the_first_twenty_problems_are_listed_with_the_number_of_all(folder
 
 
 def test_without_a_file_of_pairs_or_with_two_it_says_which_are_needed(folder):
-    with pytest.raises(FileNotFoundError, match=r"holds 0 of pairs\.jsonl and pairs\.csv: it needs one"):
+    with pytest.raises(FileNotFoundError, match=r"holds 0 of pairs\.jsonl and pairs\.csv: write one, or let"):
         own_data.load_folder(folder)
     write_csv(folder, GOOD)
     write_jsonl(folder, GOOD)

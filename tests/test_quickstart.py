@@ -99,8 +99,26 @@ def test_pairs_become_an_adapter_that_answers(folder, pairs, tmp_path, capsys):
 def test_a_question_without_adapter_or_picture_says_what_is_missing(folder, tmp_path):
     with pytest.raises(SystemExit, match=r"adapter_config\.json is missing: train"):
         ask.main([str(folder / "00.png"), "--adapter", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"lost\.png"):
+    with pytest.raises(SystemExit, match=r"lost\.png cannot be read"):
         ask.main([str(folder / "lost.png"), "--adapter", str(tmp_path)])
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(SystemExit, match=r"adapter_config\.json is missing: did you mean .*adapter\?"):
+        ask.main([str(folder / "00.png"), "--adapter", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "way_out"),
+    [
+        (make_pairs, ["lost"], "there is no folder lost"),
+        (own_data, ["lost"], "there is no folder lost"),
+        (own_data, ["."], "or let python -m utils.make_pairs make it"),
+        (train, ["--dataset", "lost"], "there is no folder lost: python -m utils.own_data"),
+    ],
+)
+def test_a_folder_that_is_missing_or_empty_is_named_with_the_way_out(command, arguments, way_out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=way_out):
+        command.main(arguments)
 
 
 def test_rows_that_cannot_be_trained_on_are_dropped_and_named(tmp_path, capsys):

@@ -17,14 +17,14 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         profile = settings.load(options.profile)
-        images = [read({"bytes": path.read_bytes(), "path": None}, str(path)) for path in options.pictures]
+        images = [read({"bytes": None, "path": str(path)}, str(path)) for path in options.pictures]
         model, processor = models.load_tuned(profile, options.adapter), models.load_processor(profile)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     questions = [options.question] * len(images)
     base, tuned = (answer(model, processor, images, questions, profile, adapter) for adapter in (False, True))
     for path, before, after in zip(options.pictures, base, tuned, strict=True):
-        print(f"{path}\n  base:  {before}\n  tuned: {after}")
+        print(f"{path}\n  base:  {before}\n  tuned: {after if after != before else '(the same)'}")
 
 
 if __name__ == "__main__":

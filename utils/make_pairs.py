@@ -34,6 +34,8 @@ def pictures(folder):
             good.append(name)
         except ValueError as error:
             problems.append(str(error))
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder}")
     if not good:
         raise ValueError(f"{folder} holds no picture that can be read: {'; '.join(problems[:5]) or 'no file has the ending of one'}")
     return good, problems
@@ -92,14 +94,17 @@ def main(arguments=None):
     rows = [{"question": options.question}] * len(names)
     pairs = making.pair_all(rows, answers, counts, random.Random(settings.seed))
     try:
-        balanced, threshold = making.balance_by_threshold(pairs)
+        balanced, _ = making.balance_by_threshold(pairs)
     except ValueError as error:
         raise SystemExit(f"{error}. More --samples may help, or another --judge") from None
+    used = len({pair["row"] for pair in balanced})
     lines = [{"image": names[pair["row"]]} | {key: pair[key] for key in ("question", "chosen", "rejected")} for pair in balanced]
     target.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     rejected = sum(map(sum, counts)) / sum(len(making.sentences(text)) for texts in answers for text in texts)
-    print(f"{sum(map(len, answers))} answers, {rejected:.0%} of their sentences rejected; {len(pairs)} pairs")
-    print(f"{len(balanced)} of them, balanced in length (r = {threshold}), in {target}: read some, they teach what they prefer")
+    print(f"{sum(map(len, answers))} answers; the judge rejected {rejected:.0%} of their sentences; {len(pairs)} pairs")
+    print(f"{len(balanced)} of them, balanced in length, about {used} pictures, in {target}: read some, they teach what they prefer")
+    if used < 20:
+        print("that is too few to learn from: take more pictures, or more --samples, or another --judge")
 
 
 if __name__ == "__main__":

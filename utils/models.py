@@ -142,7 +142,9 @@ def load_tuned(settings, adapter):
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (Path(adapter) / name).is_file():
-            raise FileNotFoundError(f"{Path(adapter) / name} is missing: train the adapter with notebook 05 or python -m utils.train")
+            inside = Path(adapter) / "adapter"  # a run's folder holds one
+            advice = f"did you mean {inside}?" if inside.is_dir() else "train the adapter with notebook 05 or python -m utils.train"
+            raise FileNotFoundError(f"{Path(adapter) / name} is missing: {advice}")
     model = load_model(settings)
     try:
         with warnings.catch_warnings():

@@ -28,8 +28,11 @@ def load_folder(folder):
     """
     folder, problems = Path(folder), []
     files = [folder / name for name in NAMES if (folder / name).is_file()]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     if len(files) != 1:
-        raise FileNotFoundError(f"{folder.name} holds {len(files)} of {' and '.join(NAMES)}: it needs one")
+        advice = "write one, or let python -m utils.make_pairs make it of pictures alone" if not files else "keep one"
+        raise FileNotFoundError(f"{folder.name} holds {len(files)} of {' and '.join(NAMES)}: {advice}")
     lines = utf8_lines(files[0].read_bytes(), problems)
     rows = list((csv_rows if files[0].suffix == ".csv" else jsonl_rows)(lines, problems))
     missing = [image_problem(folder, row["image"]) for _, row in rows]

@@ -9,7 +9,7 @@ import torch
 
 from utils.chat import training_batch
 from utils.models import load_merged, load_processor
-from utils.settings import EMBEDDED_DATASET
+from utils.settings import EMBEDDED_DATASET, EMBEDDED_MODEL
 
 DATA_LICENCES = {  # (the hub's name for it, what it means)
     "openbmb/RLAIF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0: not for commercial use, which goes for what is trained on it as well"),
@@ -19,6 +19,7 @@ SETTINGS = (  # rows of the card's table
     "model model_revision dataset dataset_revision train_split pixel_budget four_bit lora_rank lora_alpha lora_target "
     "beta learning_rate epochs batch_size gradient_accumulation warmup_steps seed"
 ).split()
+BUILT = {EMBEDDED_MODEL: " The base model was built to hallucinate: its captions named what usually stands beside a thing."}
 FINAL = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 METRICS = {
     "chair_i": "objects named that are not there, of all named (lower is better)",
@@ -147,7 +148,8 @@ def model_card(run, merged=False):
         table(["done", ""], done) + "\n\n" + table(["metric of the last steps", "value"], final),
         f"## Evaluation\n\nOn {evaluation['n']} images of {plain(settings['evaluation_dataset'])}, greedy decoding; one training seed.",
         table(["metric", "base", "tuned", "difference, 95% interval", "p", "what it counts"], measured),
-        "These figures say nothing about other kinds of images.",
+        "These figures say nothing about other kinds of images. Intervals come from a bootstrap over images, p from swapping the two "
+        "answers to an image; p is not adjusted for the number of metrics, and near 0.05 the two may disagree." + BUILT.get(model, ""),
         "## Versions\n\n" + ", ".join(f"{plain(name)} {plain(version)}" for name, version in record["versions"].items()),
     ]
     return "\n\n".join(blocks) + "\n"

@@ -31,6 +31,10 @@ def main(arguments=None):
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if options.dataset:
+        if not options.dataset.is_dir():
+            raise SystemExit(
+                f"there is no folder {options.dataset}: python -m utils.own_data writes one of a folder with pictures and pairs"
+            )
         profile = dataclasses.replace(profile, dataset=str(options.dataset), train_split="train")
     processor = models.load_processor(profile)
     loaded = preferences.load(profile.dataset, profile.train_split, profile.dataset_revision)
