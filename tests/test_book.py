@@ -39,7 +39,7 @@ class Page(HTMLParser):
         elif tag != "form":
             names = ("src", "href", "srcset", "data", "poster", "action")
             self.loaded += [attributes[name] for name in names if attributes.get(name)]
-        if tag == "details" and "sd-dropdown" not in attributes.get("class", ""):
+        if tag == "details" and not {"sd-dropdown", "hide"} & set(attributes.get("class", "").split()):  # the theme's own
             self.folded = True
             self.answers.append("")
         elif self.folded:

@@ -113,6 +113,7 @@ def test_a_question_without_adapter_or_picture_says_what_is_missing(folder, tmp_
         (own_data, ["lost"], "there is no folder lost"),
         (own_data, ["."], "or let python -m utils.make_pairs make it"),
         (train, ["--dataset", "lost"], "there is no folder lost: python -m utils.own_data"),
+        (train, ["--dataset", "."], r"\., split train, revision main cannot be loaded: .* What helps:"),
     ],
 )
 def test_a_folder_that_is_missing_or_empty_is_named_with_the_way_out(command, arguments, way_out, tmp_path, monkeypatch):

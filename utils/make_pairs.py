@@ -25,6 +25,8 @@ PAIRS = "pairs.jsonl"
 
 def pictures(folder):
     """(Names of the picture files anywhere in `folder` that can be read, what is wrong with the others). ValueError if none can."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder}")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     names = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
     good, problems = [], []
@@ -34,8 +36,6 @@ def pictures(folder):
             good.append(name)
         except ValueError as error:
             problems.append(str(error))
-    if not Path(folder).is_dir():
-        raise ValueError(f"there is no folder {folder}")
     if not good:
         raise ValueError(f"{folder} holds no picture that can be read: {'; '.join(problems[:5]) or 'no file has the ending of one'}")
     return good, problems

@@ -22,21 +22,8 @@ def parse(arguments=None):
     return parser.parse_args(arguments)
 
 
-def main(arguments=None):
-    options = parse(arguments)
-    if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` the first process speaks for all
-        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
-    try:
-        profile = settings.load(options.profile)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    if options.dataset:
-        if not options.dataset.is_dir():
-            raise SystemExit(
-                f"there is no folder {options.dataset}: python -m utils.own_data writes one of a folder with pictures and pairs"
-            )
-        profile = dataclasses.replace(profile, dataset=str(options.dataset), train_split="train")
-    processor = models.load_processor(profile)
+def load_pairs(profile, processor):
+    """The profile's training rows, formatted. What is dropped, for what `check` reports or for its length, is said with its numbers."""
     loaded = preferences.load(profile.dataset, profile.train_split, profile.dataset_revision)
     sound, problems = preferences.without_problems(loaded, preferences.special_tokens(processor))
     if problems:
@@ -44,6 +31,23 @@ def main(arguments=None):
     pairs, dropped = chat.within_budget(chat.format_dataset(sound), processor, profile.token_budget)
     rows = f": rows {dropped}" if dropped else ""
     print(f"{len(pairs)} pairs; {len(dropped)} longer than {profile.token_budget} tokens dropped{rows}", flush=True)
+    return pairs
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` the first process speaks for all
+        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+    try:
+        profile = settings.load(options.profile)
+        if options.dataset:
+            profile = dataclasses.replace(profile, dataset=str(options.dataset), train_split="train")
+            if not options.dataset.is_dir():
+                raise FileNotFoundError(f"there is no folder {options.dataset}: python -m utils.own_data writes one")
+        processor = models.load_processor(profile)
+        pairs = load_pairs(profile, processor)
+    except (OSError, ValueError) as error:  # what is wrong, and what helps; not where in the code
+        raise SystemExit(str(error)) from None
     output = options.output or settings.run_folder(profile)
     changes = {"max_steps": options.max_steps, "shared_prefix": options.shared_prefix}
     trainer = training.make_trainer(profile, models.load_model(profile), processor, pairs, output, **changes)
