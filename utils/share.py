@@ -147,7 +147,7 @@ def model_card(run, merged=False):
         "## Training\n\n" + table(["setting", "value"], [[name, settings[name]] for name in SETTINGS]),
         table(["done", ""], done) + "\n\n" + table(["metric of the last steps", "value"], final),
         f"## Evaluation\n\nOn {evaluation['n']} images of {plain(settings['evaluation_dataset'])}, greedy decoding; one training seed.",
-        table(["metric", "base", "tuned", "difference, 95% interval", "p", "what it counts"], measured),
+        table(["metric", "base", "tuned", "95% interval of the difference", "p", "what it counts"], measured),
         "These figures say nothing about other kinds of images. Intervals come from a bootstrap over images, p from swapping the two "
         "answers to an image; p is not adjusted for the number of metrics, and near 0.05 the two may disagree." + BUILT.get(model, ""),
         "## Versions\n\n" + ", ".join(f"{plain(name)} {plain(version)}" for name, version in record["versions"].items()),
