@@ -349,6 +349,14 @@ def test_commit_puts_nothing_back_if_one_output_names_the_machine(repository):
     assert [path.read_bytes() for path in paths] == before
 
 
+def test_commit_puts_nothing_back_if_an_output_holds_an_access_token(repository):
+    path = save(repository, "01_one", "print('logged in with', 'hf' + '_' + 'a' * 34)")
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"01_one\.ipynb, code cell 1 or its output holds an access token"):
+        notebooks.commit([path], repository / "build", repository)
+    assert path.read_bytes() == before
+
+
 def test_commit_keeps_an_edit_made_during_the_run(repository):
     path = save(repository, "01_one", "from pathlib import Path", "Path('../../notebooks/01_one.ipynb').open('a').write(' ')")
     with pytest.raises(SystemExit, match="changed during the run"):

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from tools.notebooks import ROOT, WIDGET, bootstrap, digest, home, without_pictures
+from tools.notebooks import ROOT, TOKEN, WIDGET, bootstrap, digest, home, without_pictures
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -89,6 +89,11 @@ def test_outputs_are_fresh(path):
 @every_notebook
 def test_names_no_machine(path):
     assert not re.findall(rf".{{0,40}}{MACHINE_PATH}.{{0,40}}", without_pictures(path.read_text(encoding="utf-8")))
+
+
+@every_notebook
+def test_holds_no_access_token(path):
+    assert not TOKEN.search(without_pictures(path.read_text(encoding="utf-8")))
 
 
 @every_notebook

@@ -20,6 +20,7 @@ from traitlets.config import Config
 from tools.setup import alone
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[\w-]{20,}")  # of the hub, of GitHub, of paid models
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|| \[[\d:]+<|it/s\]|s/it\]")
 QUIET = {
@@ -135,7 +136,7 @@ def commit(paths, build=ROOT / "build", root=ROOT):
 
 
 def scrub(notebook, name, root=ROOT):
-    """A clean run of `notebook`, stamped and in the form that gives small diffs; SystemExit where an output names the machine."""
+    """A clean run of `notebook`, stamped and in the form that gives small diffs; SystemExit where an output names the machine, or a token."""
     for position, cell in enumerate(notebook.cells):
         cell.id = f"{name}-{position:02d}"[-64:]
         cell.metadata = {key: value for key, value in cell.metadata.items() if key in ("cellView", "jupyter", "tags")}
@@ -145,6 +146,8 @@ def scrub(notebook, name, root=ROOT):
             output.execution_count = count
         if place := machine_place(json.dumps(cell.outputs, ensure_ascii=False), root):
             raise SystemExit(f"{name}.ipynb, code cell {count}: an output names this machine ({place}). Print a relative path.")
+        if TOKEN.search(without_pictures(cell.source + json.dumps(cell.outputs))):
+            raise SystemExit(f"{name}.ipynb, code cell {count} or its output holds an access token: revoke it, and log in by other means")
     notebook.nbformat_minor = 5  # the first with cell ids
     version = ".".join(notebook.metadata.language_info.version.split(".")[:2])
     notebook.metadata = {
