@@ -136,7 +136,7 @@ def commit(paths, build=ROOT / "build", root=ROOT):
 
 
 def scrub(notebook, name, root=ROOT):
-    """A clean run of `notebook`, stamped and in the form that gives small diffs; SystemExit where an output names the machine, or a token."""
+    """A clean run of `notebook`, stamped, in the form that gives small diffs. SystemExit where an output names the machine or a token."""
     for position, cell in enumerate(notebook.cells):
         cell.id = f"{name}-{position:02d}"[-64:]
         cell.metadata = {key: value for key, value in cell.metadata.items() if key in ("cellView", "jupyter", "tags")}
