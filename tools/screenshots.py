@@ -30,6 +30,7 @@ def main(folder):
     with tempfile.TemporaryDirectory() as place:
         notebook = new_notebook(Path(place) / "screenshots.ipynb", [START, *CELLS.values()])
         with jupyter_lab(place) as address, browser_page() as (page, _):
+            page.set_viewport_size({"width": 1280, "height": 1600})  # all of it at once: at the lower edge runs a line of JupyterLab's
             open_notebook(page, address(notebook.name))
             command(page, "application:toggle-left-area")  # the list of files
             run_all(page)
