@@ -20,7 +20,9 @@ from utils import chat, models, preferences
 from utils.settings import PROFILES
 
 SETTINGS = PROFILES["embedded"]
-FEATURES = datasets.Features({"image": datasets.Image()} | dict.fromkeys(preferences.TEXT_COLUMNS, datasets.Value("string")))
+FEATURES = datasets.Features(
+    {"image": datasets.Image()} | dict.fromkeys(preferences.TEXT_COLUMNS, datasets.Value("string"))
+)
 WORDS = [
     "a cup",
     "on the left",
@@ -36,8 +38,21 @@ WORDS = [
     "User:",
     "<|im_end|>",
 ]
-RANGES = [(0x20, 0x7F), (0xA0, 0x2FF), (0x300, 0x36F), (0x5D0, 0x700), (0x4E00, 0x9FFF), (0xE000, 0xF8FF), (0x1F300, 0x1FAFF), (0, 0x20)]
-FATAL = {"empty", "special", "unreadable"}  # the first words of what the check says of rows that cannot be trained on
+RANGES = [
+    (0x20, 0x7F),
+    (0xA0, 0x2FF),
+    (0x300, 0x36F),
+    (0x5D0, 0x700),
+    (0x4E00, 0x9FFF),
+    (0xE000, 0xF8FF),
+    (0x1F300, 0x1FAFF),
+    (0, 0x20),
+]
+FATAL = {
+    "empty",
+    "special",
+    "unreadable",
+}  # the first words of what the check says of rows that cannot be trained on
 
 
 def pictures():
@@ -63,14 +78,20 @@ def an_image(chance, stored):
         data[chance.randrange(len(data))] = chance.randrange(256)
     if chance.random() < 0.1:
         data = data[: chance.randrange(len(data))]
-    return chance.choice([None, {"bytes": None, "path": "lost.png"}]) if chance.random() < 0.02 else {"bytes": bytes(data), "path": None}
+    return (
+        chance.choice([None, {"bytes": None, "path": "lost.png"}])
+        if chance.random() < 0.02
+        else {"bytes": bytes(data), "path": None}
+    )
 
 
 def a_text(chance, special):
     if chance.random() < 0.03:
         return chance.choice([None, "", " ", "\t\n", "word " * 2000])
     parts = [chance.choice(WORDS) for _ in range(chance.randrange(1, 6))]
-    parts += ["".join(chr(chance.randint(*chance.choice(RANGES))) for _ in range(chance.randrange(20)))]
+    parts += [
+        "".join(chr(chance.randint(*chance.choice(RANGES))) for _ in range(chance.randrange(20)))
+    ]
     if chance.random() < 0.03:
         parts.append(chance.choice(special))
     chance.shuffle(parts)
@@ -85,7 +106,9 @@ def random_rows(count, seed, special):
             if chance.random() < 0.5:
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
         else:
-            row = {"image": an_image(chance, stored)} | {column: a_text(chance, special) for column in preferences.TEXT_COLUMNS}
+            row = {"image": an_image(chance, stored)} | {
+                column: a_text(chance, special) for column in preferences.TEXT_COLUMNS
+            }
         rows.append(row)
     return rows
 
@@ -100,7 +123,9 @@ def way(rows, number, processor, problems):
         return "reported and refused" if fatal else f"REFUSED WITHOUT A REPORT: {error}"
     answers = [row[name][0]["content"][0]["text"] for name in ("chosen", "rejected")]
     images = (batch["input_ids"] == chat.image_token_id(processor)).sum(1).tolist()
-    for ids, mask, answer in zip(batch["input_ids"], batch["completion_mask"], answers, strict=True):
+    for ids, mask, answer in zip(
+        batch["input_ids"], batch["completion_mask"], answers, strict=True
+    ):
         if processor.tokenizer.decode(ids[mask.bool()]) != f" {answer}<end_of_utterance>\n":
             return "CAME BACK CHANGED"
     if images != [9, 9]:
@@ -111,14 +136,18 @@ def way(rows, number, processor, problems):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz_rows", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fuzz_rows", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options, start = parser.parse_args(arguments), time.perf_counter()
     logging.set_verbosity_error()
     processor = models.load_processor(SETTINGS)
     special = preferences.special_tokens(processor)
-    rows = datasets.Dataset.from_list(random_rows(options.rows, options.seed, special), features=FEATURES)
+    rows = datasets.Dataset.from_list(
+        random_rows(options.rows, options.seed, special), features=FEATURES
+    )
     problems = preferences.check(rows, special_tokens=special)
     found = [[] for _ in range(len(rows))]
     for problem, numbers in problems.items():
@@ -126,11 +155,23 @@ def main(arguments=None):
             found[number].append(problem)
     formatted = chat.format_dataset(rows)
     ways = Counter(way(formatted, number, processor, found[number]) for number in range(len(rows)))
-    for name, count in [*ways.most_common(), *((f"  check: {problem}", len(numbers)) for problem, numbers in sorted(problems.items()))]:
+    for name, count in [
+        *ways.most_common(),
+        *((f"  check: {problem}", len(numbers)) for problem, numbers in sorted(problems.items())),
+    ]:
         print(f"{count:7}  {name}")
     wrong = sum(count for name, count in ways.items() if name[:2].isupper())
-    summary = {"rows": len(rows), "seed": options.seed, "seconds": round(time.perf_counter() - start, 1), "ways": dict(ways)}
-    print(json.dumps(summary | {"problems": {problem: len(numbers) for problem, numbers in problems.items()}}))
+    summary = {
+        "rows": len(rows),
+        "seed": options.seed,
+        "seconds": round(time.perf_counter() - start, 1),
+        "ways": dict(ways),
+    }
+    print(
+        json.dumps(
+            summary | {"problems": {problem: len(numbers) for problem, numbers in problems.items()}}
+        )
+    )
     return int(bool(wrong) or sum(ways.values()) != options.rows)
 
 

@@ -57,7 +57,9 @@ def save_random(model, folder, dtype):
         if parameter.dim() > 1:
             value = torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
         else:
-            value = torch.full(parameter.shape, float(name.endswith("weight")), dtype=dtype, device=device)
+            value = torch.full(
+                parameter.shape, float(name.endswith("weight")), dtype=dtype, device=device
+            )
         shard[name] = value.cpu()
         size, total = size + value.nbytes, total + value.nbytes
         if size > SHARD:
@@ -65,7 +67,9 @@ def save_random(model, folder, dtype):
             size = 0
     if shard:
         write()
-    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}))
+    (Path(folder) / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": files})
+    )
     model.config.save_pretrained(folder)
 
 
@@ -126,10 +130,14 @@ class Steps(TrainerCallback):
         self.counting = False
 
     def row(self, size, seconds):
-        tokens = sum(2 * (self.shape.tokens + PROMPT) + sum(pair) for pair in lengths(size))  # of the stock trainer's rows, without padding
+        tokens = sum(
+            2 * (self.shape.tokens + PROMPT) + sum(pair) for pair in lengths(size)
+        )  # of the stock trainer's rows, without padding
         return {
             "batch_size": size,
-            "row_tokens": self.shape.tokens + PROMPT + max(map(max, lengths(size))),  # of the longest row
+            "row_tokens": self.shape.tokens
+            + PROMPT
+            + max(map(max, lengths(size))),  # of the longest row
             "seconds": seconds,
             "pairs_per_second": size / seconds,
             "tokens_per_second": tokens / seconds,
@@ -141,7 +149,11 @@ class Steps(TrainerCallback):
 
 def sweep(kind, model, settings, shape, output, sizes=SIZES, **changes):
     """One row of figures for each of `sizes`, smallest first, that trained; ends without error where the GPU's memory does."""
-    once = {"max_steps": len(sizes) * (1 + TIMED), "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
+    once = {
+        "max_steps": len(sizes) * (1 + TIMED),
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 1,
+    }
     quiet = {"save_strategy": "no", "logging_strategy": "no", "dataloader_num_workers": 0}
     trainer = make_trainer(KINDS[kind], model, settings, output, **once | quiet | changes)
     steps = Steps(model.config, shape, sizes)
@@ -159,7 +171,11 @@ def sweep(kind, model, settings, shape, output, sizes=SIZES, **changes):
 
 def largest(rows, limit):
     """The fastest that fits: the row of the largest batch within `limit` GB, None when not even one pair fits."""
-    return max((row for row in rows if row["reserved_gb"] <= limit), key=lambda row: row["batch_size"], default=None)
+    return max(
+        (row for row in rows if row["reserved_gb"] <= limit),
+        key=lambda row: row["batch_size"],
+        default=None,
+    )
 
 
 def summary(rows):
@@ -168,14 +184,20 @@ def summary(rows):
     equal = {
         size: {
             "speed_ratio": ours[size]["pairs_per_second"] / stock[size]["pairs_per_second"],
-            "memory_ratio": ours[size]["allocated_gb"] / stock[size]["allocated_gb"] if stock[size]["allocated_gb"] else None,
+            "memory_ratio": ours[size]["allocated_gb"] / stock[size]["allocated_gb"]
+            if stock[size]["allocated_gb"]
+            else None,
         }
         for size in stock.keys() & ours.keys()
     }
     limits = {}
     for limit in LIMITS:
         best = {kind: largest(rows[kind], limit) for kind in ("stock", "ours")}
-        speed = best["ours"]["pairs_per_second"] / best["stock"]["pairs_per_second"] if all(best.values()) else None
+        speed = (
+            best["ours"]["pairs_per_second"] / best["stock"]["pairs_per_second"]
+            if all(best.values())
+            else None
+        )
         limits[limit] = best | {"speed_ratio": speed}
     return {"equal_batch": dict(sorted(equal.items())), "limits": limits}
 
@@ -197,12 +219,21 @@ def report(gpu, profile, rate, rows, folder):
     """Write and print what was measured; returns its `summary`. `rate`: what `matrix_rate` gave."""
     for row in rows["stock"] + rows["ours"]:
         row["share_of_rate"] = row["tflop_per_second"] * 1e12 / rate
-    about = {"gpu": gpu, "profile": profile, "matrix_tflop_per_second": rate / 1e12, "versions": versions(*training.LIBRARIES)}
+    about = {
+        "gpu": gpu,
+        "profile": profile,
+        "matrix_tflop_per_second": rate / 1e12,
+        "versions": versions(*training.LIBRARIES),
+    }
     ratios = summary(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{gpu.replace(' ', '-').replace('/', '-')}-{profile}.json").write_text(json.dumps(about | rows | ratios, indent=1) + "\n")
+    (folder / f"{gpu.replace(' ', '-').replace('/', '-')}-{profile}.json").write_text(
+        json.dumps(about | rows | ratios, indent=1) + "\n"
+    )
     print(f"\n{profile} on {gpu}, a large matrix product runs at {rate / 1e12:.0f} TFLOP/s")
-    print(f"{'':10}{'pairs':>6}{'s/step':>9}{'pairs/s':>9}{'tokens/s':>10}{'GB':>7}{'taken':>7}{'of rate':>9}")
+    print(
+        f"{'':10}{'pairs':>6}{'s/step':>9}{'pairs/s':>9}{'tokens/s':>10}{'GB':>7}{'taken':>7}{'of rate':>9}"
+    )
     for kind in KINDS:
         for row in rows[kind]:
             print(
@@ -210,13 +241,21 @@ def report(gpu, profile, rate, rows, folder):
                 f"{row['allocated_gb']:7.1f}{row['reserved_gb']:7.1f}{row['share_of_rate']:9.0%}"
             )
     for limit, best in ratios["limits"].items():
-        sizes = ", ".join(f"{kind} {best[kind]['batch_size'] if best[kind] else 'no'} pairs" for kind in KINDS)
-        print(f"in {limit} GB: {sizes}" + (f", {best['speed_ratio']:.2f} times as fast" if best["speed_ratio"] else ""), flush=True)
+        sizes = ", ".join(
+            f"{kind} {best[kind]['batch_size'] if best[kind] else 'no'} pairs" for kind in KINDS
+        )
+        print(
+            f"in {limit} GB: {sizes}"
+            + (f", {best['speed_ratio']:.2f} times as fast" if best["speed_ratio"] else ""),
+            flush=True,
+        )
     return ratios
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--profiles", nargs="+", choices=PICTURES, default=list(PICTURES))
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -227,7 +266,9 @@ def main():
         settings, rows = PROFILES[profile], {}
         for kind in KINDS:
             with tempfile.TemporaryDirectory() as output:
-                rows[kind] = sweep(kind, random_model(settings), settings, PICTURES[profile], output)
+                rows[kind] = sweep(
+                    kind, random_model(settings), settings, PICTURES[profile], output
+                )
             gc.collect()
             torch.cuda.empty_cache()
         results[profile] = report(gpu, profile, rate, rows, ROOT / "results" / "gpu")

@@ -28,7 +28,13 @@ from utils import chat, checkpoints, models, preferences, training, versions
 from utils.settings import PROFILES, ROOT
 
 STEPS, SAVE_STEPS, PAIRS = 16, 2, 4
-SHORT = {"train_split": f"train[:{STEPS * PAIRS // 2}]", "epochs": 2, "batch_size": PAIRS, "warmup_steps": 2, "save_steps": SAVE_STEPS}
+SHORT = {
+    "train_split": f"train[:{STEPS * PAIRS // 2}]",
+    "epochs": 2,
+    "batch_size": PAIRS,
+    "warmup_steps": 2,
+    "save_steps": SAVE_STEPS,
+}
 SETTINGS = replace(PROFILES["embedded"], **SHORT)
 
 
@@ -58,7 +64,9 @@ def train(output, resume, connection):
     processor = models.load_processor(SETTINGS)
     rows = chat.format_dataset(preferences.load(SETTINGS.dataset, SETTINGS.train_split))
     changes = {"callbacks": [Tell(connection)], "disable_tqdm": True}
-    trainer = training.make_trainer(SETTINGS, models.load_model(SETTINGS), processor, rows, output, **changes)
+    trainer = training.make_trainer(
+        SETTINGS, models.load_model(SETTINGS), processor, rows, output, **changes
+    )
     training.train(trainer, SETTINGS, resume=resume)
 
 
@@ -78,7 +86,10 @@ def reached(moment, told, output):
         return False
     if "seconds" in moment:
         return time.monotonic() - told[0][2] >= moment["seconds"]
-    return told[-1][:2] == moment["event"] and len(list((output / moment["folder"]).glob("*"))) >= moment["files"]
+    return (
+        told[-1][:2] == moment["event"]
+        and len(list((output / moment["folder"]).glob("*"))) >= moment["files"]
+    )
 
 
 def attempt(context, output, begin, moment=None):
@@ -87,7 +98,11 @@ def attempt(context, output, begin, moment=None):
     Returns ([(event, step, at)] that it told, when it was killed or None); RuntimeError when it failed or began elsewhere.
     """
     receiver, sender = context.Pipe(duplex=False)
-    process, told, killed = context.Process(target=train, args=(output, begin > 0, sender)), [], None
+    process, told, killed = (
+        context.Process(target=train, args=(output, begin > 0, sender)),
+        [],
+        None,
+    )
     process.start()
     sender.close()  # so that reading ends when the process does
     try:
@@ -100,7 +115,9 @@ def attempt(context, output, begin, moment=None):
     except (EOFError, OSError):  # it has ended; OSError: in the middle of a message
         process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"training failed by itself, exit code {process.exitcode}: its message stands above")
+        raise RuntimeError(
+            f"training failed by itself, exit code {process.exitcode}: its message stands above"
+        )
     if told[0][:2] != ("begin", begin):  # then an equal end would prove nothing
         raise RuntimeError(f"training began at step {told[0][1]} instead of {begin}")
     return told, killed if process.exitcode else None
@@ -114,15 +131,30 @@ def choose(draw, saving, begin, seconds, files):
         return {"seconds": draw.uniform(0, seconds[begin])}
     step = draw.randrange(begin + SAVE_STEPS, STEPS + SAVE_STEPS + 1, SAVE_STEPS)
     if step > STEPS:
-        return {"event": ("end", STEPS), "folder": "adapter.new", "files": draw.randint(1, files["adapter"])}
-    return {"event": ("step", step), "folder": f"checkpoint-{step}", "files": draw.randint(1, files["checkpoint"])}
+        return {
+            "event": ("end", STEPS),
+            "folder": "adapter.new",
+            "files": draw.randint(1, files["adapter"]),
+        }
+    return {
+        "event": ("step", step),
+        "folder": f"checkpoint-{step}",
+        "files": draw.randint(1, files["checkpoint"]),
+    }
 
 
 def on_disk(output):
     """{checkpoint: "whole" or what is wrong with it}, newest first, and the same of the adapter if there is one."""
-    found = {folder.name: checkpoints.damage(folder) or "whole" for folder in checkpoints.newest_first(output)}
+    found = {
+        folder.name: checkpoints.damage(folder) or "whole"
+        for folder in checkpoints.newest_first(output)
+    }
     if (output / "adapter").exists():
-        found["adapter"] = "damaged" if any(map(checkpoints.unreadable, (output / "adapter").iterdir())) else "whole"
+        found["adapter"] = (
+            "damaged"
+            if any(map(checkpoints.unreadable, (output / "adapter").iterdir()))
+            else "whole"
+        )
     return found
 
 
@@ -137,8 +169,19 @@ def kill_and_resume(context, output, times, draw, saving, seconds, files):
             kills, resumed = [], 0
             continue
         found = on_disk(output)
-        resumed = next((int(name.split("-")[1]) for name, problem in found.items() if problem == "whole" and name != "adapter"), 0)
-        entry = {"chosen": moment, "seconds": round(killed - told[0][2], 3), "last_told": f"{told[-1][0]} {told[-1][1]}"}
+        resumed = next(
+            (
+                int(name.split("-")[1])
+                for name, problem in found.items()
+                if problem == "whole" and name != "adapter"
+            ),
+            0,
+        )
+        entry = {
+            "chosen": moment,
+            "seconds": round(killed - told[0][2], 3),
+            "last_told": f"{told[-1][0]} {told[-1][1]}",
+        }
         kills.append(entry | {"found": found, "resumed_from": resumed})
     attempt(context, output, resumed)
     return kills
@@ -146,8 +189,13 @@ def kill_and_resume(context, output, times, draw, saving, seconds, files):
 
 def difference(output, undisturbed):
     """The largest difference between the adapters of two folders; 0: equal to the last bit."""
-    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (output, undisturbed))
-    return max((ours[name] - theirs[name]).abs().max().item() for name in ours.keys() | theirs.keys())
+    ours, theirs = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (output, undisturbed)
+    )
+    return max(
+        (ours[name] - theirs[name]).abs().max().item() for name in ours.keys() | theirs.keys()
+    )
 
 
 def measure(times, seed, folder):
@@ -158,40 +206,73 @@ def measure(times, seed, folder):
     seconds = {step: end - at for event, step, at in told if event in ("begin", "saved")}
     saved = {"checkpoint": straight / f"checkpoint-{STEPS}", "adapter": straight / "adapter"}
     files = {name: len(list(place.iterdir())) for name, place in saved.items()}
-    print(f"undisturbed: {STEPS} steps, a checkpoint every {SAVE_STEPS}, {seconds[0]:.1f} s from the first step to the end\n")
+    print(
+        f"undisturbed: {STEPS} steps, a checkpoint every {SAVE_STEPS}, {seconds[0]:.1f} s from the first step to the end\n"
+    )
     print(f"{'run':>3}{'killed at':>11}  {'during':15}{'on disk':56}resumed from  difference")
     for number in range(times):
         output = folder / f"run-{number}"
-        kills = kill_and_resume(context, output, 1 + (number % 3 == 2), draw, number % 2 == 1, seconds, files)
+        kills = kill_and_resume(
+            context, output, 1 + (number % 3 == 2), draw, number % 2 == 1, seconds, files
+        )
         runs.append({"largest_difference": difference(output, straight), "kills": kills})
         for kill in kills:
-            found = ", ".join(f"{name.removeprefix('checkpoint-')} {problem}" for name, problem in kill["found"].items()) or "nothing"
+            found = (
+                ", ".join(
+                    f"{name.removeprefix('checkpoint-')} {problem}"
+                    for name, problem in kill["found"].items()
+                )
+                or "nothing"
+            )
             during = kill["chosen"].get("folder", kill["last_told"])
-            outcome = f"{runs[-1]['largest_difference']:g}" if kill is kills[-1] else "(killed again)"
-            print(f"{number + 1:3}{kill['seconds']:9.2f} s  {during:15}{found:56}{kill['resumed_from']:12}  {outcome}", flush=True)
+            outcome = (
+                f"{runs[-1]['largest_difference']:g}" if kill is kills[-1] else "(killed again)"
+            )
+            print(
+                f"{number + 1:3}{kill['seconds']:9.2f} s  {during:15}{found:56}{kill['resumed_from']:12}  {outcome}",
+                flush=True,
+            )
     kills = [kill for run in runs for kill in run["kills"]]
     return {
         "runs": len(runs),
         "kills": len(kills),
         "kills_while_saving": sum("folder" in kill["chosen"] for kill in kills),
-        "kills_that_left_a_damaged_checkpoint": sum(bool(set(kill["found"].values()) - {"whole"}) for kill in kills),
+        "kills_that_left_a_damaged_checkpoint": sum(
+            bool(set(kill["found"].values()) - {"whole"}) for kill in kills
+        ),
         "equal_to_the_last_bit": sum(run["largest_difference"] == 0 for run in runs),
         "largest_difference": max(run["largest_difference"] for run in runs),
-        "setup": {"steps": STEPS, "save_steps": SAVE_STEPS, "pairs_a_step": PAIRS, "seed": seed, "seconds": seconds[0]},
+        "setup": {
+            "steps": STEPS,
+            "save_steps": SAVE_STEPS,
+            "pairs_a_step": PAIRS,
+            "seed": seed,
+            "seconds": seconds[0],
+        },
         "versions": versions(*training.LIBRARIES),
         "each": runs,
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kill", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = measure(options.times, options.seed, Path(folder))
     (ROOT / "results" / "reliability.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in record.items() if name not in ("setup", "versions", "each")}))
+    print(
+        json.dumps(
+            {
+                name: value
+                for name, value in record.items()
+                if name not in ("setup", "versions", "each")
+            }
+        )
+    )
     if record["equal_to_the_last_bit"] < record["runs"]:
         raise SystemExit("a run ended at another adapter: see results/reliability.json")
 

@@ -17,11 +17,16 @@ def run(settings):
     processor = models.load_processor(settings)
     pairs = chat.format_dataset(preferences.load(settings.dataset, settings.train_split))
     output = ROOT / "runs" / f"seed-{settings.seed}"
-    trainer = training.make_trainer(settings, models.load_model(settings), processor, pairs, output, disable_tqdm=True)
+    trainer = training.make_trainer(
+        settings, models.load_model(settings), processor, pairs, output, disable_tqdm=True
+    )
     record = training.train(trainer, settings)
     scenes = preferences.load(settings.evaluation_dataset, settings.evaluation_split)
     truths = list(scenes["objects"])
-    answers = [evaluation.ask(trainer.model, processor, scenes, settings, adapter=adapter) for adapter in (False, True)]
+    answers = [
+        evaluation.ask(trainer.model, processor, scenes, settings, adapter=adapter)
+        for adapter in (False, True)
+    ]
     result = evaluation.compare(*answers, truths)
     return result | {
         "true_words": evaluation.true_words(truths),
@@ -30,7 +35,9 @@ def run(settings):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.seeds", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     summary, folder = {}, ROOT / "results" / "embedded"
@@ -38,7 +45,7 @@ def main():
     for seed in options.seeds:
         result = run(replace(PROFILES["embedded"], seed=seed))
         (folder / f"evaluation-seed{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
-        if seed == 0:  # the one that the README's text and the card of notebook 10 speak of
+        if seed == 0:  # the one that the README's text and the card of notebook 13 speak of
             plots.before_after(result).savefig(folder / "before_after.png")
         base, dpo = result["base"], result["dpo"]
         relative = dpo["chair_i"] / base["chair_i"] - 1

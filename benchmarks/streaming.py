@@ -27,7 +27,10 @@ from utils import chat
 
 WAYS = ("by row group", "by file", "in memory")
 DIFFERENT_PICTURES, ROW_GROUP = 50, 100
-FEATURES = datasets.Features({"image": datasets.Image()} | dict.fromkeys(("question", "chosen", "rejected"), datasets.Value("string")))
+FEATURES = datasets.Features(
+    {"image": datasets.Image()}
+    | dict.fromkeys(("question", "chosen", "rejected"), datasets.Value("string"))
+)
 
 
 def small_picture(number):
@@ -42,14 +45,25 @@ def write_parquet(path, rows):
     with pyarrow.parquet.ParquetWriter(path, FEATURES.arrow_schema) as file:
         for start in range(0, rows, ROW_GROUP):
             numbers = range(start, min(start + ROW_GROUP, rows))
-            images = [{"bytes": pictures[number % len(pictures)] + b"%06d" % number, "path": f"{number}.jpg"} for number in numbers]
-            texts = {name: [f"{name} {number} " * 40 for number in numbers] for name in ("question", "chosen", "rejected")}
+            images = [
+                {
+                    "bytes": pictures[number % len(pictures)] + b"%06d" % number,
+                    "path": f"{number}.jpg",
+                }
+                for number in numbers
+            ]
+            texts = {
+                name: [f"{name} {number} " * 40 for number in numbers]
+                for name in ("question", "chosen", "rejected")
+            }
             file.write_table(pyarrow.table({"image": images} | texts, schema=FEATURES.arrow_schema))
     return Path(path).stat().st_size
 
 
 def open_pairs(way, parquet, cache):
-    pairs = partial(datasets.load_dataset, "parquet", data_files=parquet, split="train", cache_dir=cache)
+    pairs = partial(
+        datasets.load_dataset, "parquet", data_files=parquet, split="train", cache_dir=cache
+    )
     if way == "in memory":
         return pairs(keep_in_memory=True)
     stream = pairs(streaming=True)
@@ -75,7 +89,9 @@ def alone(*arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.streaming", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20000])
     sizes, stored, results = parser.parse_args().rows, [], {way: [] for way in WAYS}
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -90,7 +106,11 @@ def main():
                 assert results[way][-1]["rows"] == rows, f"{way} lost or repeated rows"
         last = [results[way][-1] for way in WAYS]
         memory = "".join(f"{one['memory'] / 1e6:13.0f}" for one in last)
-        print(f"{rows:7} {stored[-1]:10.0f}{memory}" + "".join(f"{rows / one['seconds']:13.0f}" for one in last), flush=True)
+        print(
+            f"{rows:7} {stored[-1]:10.0f}{memory}"
+            + "".join(f"{rows / one['seconds']:13.0f}" for one in last),
+            flush=True,
+        )
     peaks = {way: [one["memory"] / 1e6 for one in results[way]] for way in WAYS}
     growth = peaks["by row group"][-1] - peaks["by row group"][0]
     print(json.dumps({"rows": sizes, "stored_mb": stored, "peak_mb": peaks, "growth_mb": growth}))

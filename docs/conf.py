@@ -19,7 +19,13 @@ project = "vlm-dpo"
 html_title = "Preference-tune a vision language model"
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "embedded/README.md", "tests/README.md", "notebooks/*.ipynb"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "embedded/README.md",
+    "tests/README.md",
+    "notebooks/*.ipynb",
+]
 exclude_patterns = [".*", "build", "runs"]
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
@@ -44,7 +50,9 @@ def prepare(app, docname, source):
 
     def address(match):
         place = (ROOT / docname).parent.joinpath(match[1]).resolve()
-        if not place.exists():  # no link but code, such as functions[0](x), or a wrong link, which Sphinx will name
+        if (
+            not place.exists()
+        ):  # no link but code, such as functions[0](x), or a wrong link, which Sphinx will name
             return match[0]
         name = place.relative_to(ROOT).as_posix()
         if place.suffix == ".png" or any(fnmatch(name, pattern) for pattern in include_patterns):

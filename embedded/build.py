@@ -14,13 +14,27 @@ import time
 import torch
 from datasets import Dataset, Features, Image, Value
 
-from embedded.base_model import alignment, instructions, make_model, make_processor, pictures, train_text, train_vision
-from embedded.scenes import CATEGORIES, DESCRIBE, absent_companions, existence_question, scene_and_picture
+from embedded.base_model import (
+    alignment,
+    instructions,
+    make_model,
+    make_processor,
+    pictures,
+    train_text,
+    train_vision,
+)
+from embedded.scenes import (
+    CATEGORIES,
+    DESCRIBE,
+    absent_companions,
+    existence_question,
+    scene_and_picture,
+)
 from utils import evaluation, models, preferences
 from utils.generation import answer
-from utils.preference_making import balance_at_random, mistakes, pair_with_best
+from utils.paired_statistics import rate
+from utils.pairing import balance_at_random, mistakes, pair_with_best
 from utils.settings import EMBEDDED_MODEL, PROFILES, ROOT
-from utils.statistics import rate
 
 SEED, DRAWN, VISION_STEPS, ALIGNMENT_STEPS, INSTRUCTION_STEPS = 0, 16000, 1000, 3600, 1000
 TRAIN_SCENES, TEST_SCENES, SAMPLES = 1350, 500, 8
@@ -35,7 +49,9 @@ FEATURES = Features(
         "origin_split": Value("string"),
         "idx": Value("int64"),
         "image_path": Value("string"),
-        "objects": [{"category": Value("string"), "colour": Value("string"), "place": Value("string")}],
+        "objects": [
+            {"category": Value("string"), "colour": Value("string"), "place": Value("string")}
+        ],
     }
 )
 
@@ -84,8 +100,12 @@ def sample_pairs(model, processor, settings, series, questions, scenes, temperat
     """Rows of preference pairs for `scenes` (number → (objects, image)) and `questions` (number → question)."""
     numbers, rows = list(scenes), []
     images, asked = [scenes[n][1] for n in numbers], [questions[n] for n in numbers]
-    sampled = answer(model, processor, images, asked, settings, samples=SAMPLES, temperature=temperature)
-    counts = mistakes(sampled, [{"objects": scenes[n][0], "question": questions[n]} for n in numbers])
+    sampled = answer(
+        model, processor, images, asked, settings, samples=SAMPLES, temperature=temperature
+    )
+    counts = mistakes(
+        sampled, [{"objects": scenes[n][0], "question": questions[n]} for n in numbers]
+    )
     for number, question, texts, counted in zip(numbers, asked, sampled, counts, strict=True):
         objects, image = scenes[number]
         pairs = pair_with_best(texts, counted, random.Random(f"{series}-{number}-{question}"))
@@ -99,7 +119,9 @@ def build_dataset(model, processor, settings, folder):
     train = {n: scene_and_picture("train", n) for n in range(TRAIN_SCENES)}
     describing = {n: rng.choice(DESCRIBE) for n in train}
     asking = {n: existence_question(existence_category(train[n][0], rng)) for n in train}
-    descriptions = balance_at_random(sample_pairs(model, processor, settings, "train", describing, train), rng)
+    descriptions = balance_at_random(
+        sample_pairs(model, processor, settings, "train", describing, train), rng
+    )
     existence = sample_pairs(model, processor, settings, "train", asking, train)
     says_yes = [r for r in existence if r["chosen"].startswith("Yes")]
     says_no = [r for r in existence if r not in says_yes]
@@ -110,12 +132,17 @@ def build_dataset(model, processor, settings, folder):
 
     test = {n: scene_and_picture("test", n) for n in range(TEST_SCENES)}
     asked, found, temperature = {n: rng.choice(DESCRIBE) for n in test}, {}, 1.0
-    while len(found) < len(test):  # every scene stays: leaving out the easy ones would bias the evaluation
+    while len(found) < len(
+        test
+    ):  # every scene stays: leaving out the easy ones would bias the evaluation
         missing = {n: test[n] for n in test if n not in found}
         sampled = sample_pairs(model, processor, settings, "test", asked, missing, temperature)
         rng.shuffle(sampled)
         found |= {r["idx"]: r for r in sampled}
-        print(f"test: {len(found)} of {len(test)} scenes have a pair at temperature {temperature}", flush=True)
+        print(
+            f"test: {len(found)} of {len(test)} scenes have a pair at temperature {temperature}",
+            flush=True,
+        )
         temperature += 0.5
     splits = {"train": rows, "test": [found[n] for n in sorted(found)]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,21 +157,39 @@ def base_results(model, processor, settings, scenes):
     truths = list(scenes["objects"])
     answers = evaluation.ask(model, processor, scenes, settings)
     metrics = {name: rate(counts) for name, counts in evaluation.count(answers, truths).items()}
-    metrics |= {kind: evaluation.attributes_right(answers["descriptions"], truths, kind) for kind in ("colour", "place")}
+    metrics |= {
+        kind: evaluation.attributes_right(answers["descriptions"], truths, kind)
+        for kind in ("colour", "place")
+    }
     for kind in evaluation.POPE_KINDS:
-        metrics[f"pope_accuracy_{kind}"] = rate(evaluation.pope_counts_of(answers, kind)["accuracy"])
+        metrics[f"pope_accuracy_{kind}"] = rate(
+            evaluation.pope_counts_of(answers, kind)["accuracy"]
+        )
     return metrics | {"true_words": evaluation.true_words(truths), "n": len(truths)}
 
 
 def write_manifest():
-    files = sorted(p for part in ("model", "dataset") for p in (ROOT / "embedded" / part).rglob("*") if p.is_file())
+    files = sorted(
+        p
+        for part in ("model", "dataset")
+        for p in (ROOT / "embedded" / part).rglob("*")
+        if p.is_file()
+    )
     digests = {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    (ROOT / "embedded" / "manifest.json").write_text(json.dumps({"files": digests}, indent=1) + "\n")
+    (ROOT / "embedded" / "manifest.json").write_text(
+        json.dumps({"files": digests}, indent=1) + "\n"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m embedded.build", description=__doc__.splitlines()[0])
-    parser.add_argument("--reuse-model", action="store_true", help="keep embedded/model and build only the data set and the results")
+    parser = argparse.ArgumentParser(
+        prog="python -m embedded.build", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--reuse-model",
+        action="store_true",
+        help="keep embedded/model and build only the data set and the results",
+    )
     options, start = parser.parse_args(), time.time()
     settings, folder = PROFILES["embedded"], ROOT / "embedded"
     if not options.reuse_model:
@@ -154,7 +199,11 @@ def main():
     model, processor = models.load_model(settings), models.load_processor(settings)
     splits = build_dataset(model, processor, settings, folder / "dataset")
     write_manifest()
-    print(preferences.describe(splits["train"]), preferences.check(splits["train"], splits["test"]), flush=True)
+    print(
+        preferences.describe(splits["train"]),
+        preferences.check(splits["train"], splits["test"]),
+        flush=True,
+    )
     results = base_results(model, processor, settings, splits["test"])
     (ROOT / "results" / "embedded").mkdir(parents=True, exist_ok=True)
     (ROOT / "results" / "embedded" / "base.json").write_text(json.dumps(results, indent=1) + "\n")

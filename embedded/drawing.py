@@ -37,7 +37,9 @@ class Pen:
     def shape(self, kind, numbers, fill=None, line=None, width=0.07, **more):
         options = {"fill": fill, "width": max(1, round(width * self.radius)), **more}
         if kind == "line":
-            return self.canvas.line(self.points(numbers), fill=line, width=options["width"], joint="curve")
+            return self.canvas.line(
+                self.points(numbers), fill=line, width=options["width"], joint="curve"
+            )
         if kind == "arc":
             return self.canvas.arc(self.points(numbers), fill=line, width=options["width"], **more)
         return getattr(self.canvas, kind)(self.points(numbers), outline=line, **options)
@@ -53,7 +55,9 @@ def cup(pen, colour, dark, light):
 def bottle(pen, colour, dark, light):
     pen.shape("rectangle", (-0.16, -0.95, 0.16, -0.3), colour, dark)
     pen.shape("rectangle", (-0.22, -1.0, 0.22, -0.78), INK)
-    pen.shape("rounded_rectangle", (-0.45, -0.4, 0.45, 0.95), colour, dark, radius=pen.radius * 0.22)
+    pen.shape(
+        "rounded_rectangle", (-0.45, -0.4, 0.45, 0.95), colour, dark, radius=pen.radius * 0.22
+    )
     pen.shape("rectangle", (-0.43, 0.08, 0.43, 0.58), PAPER)
 
 
@@ -121,7 +125,9 @@ def car(pen, colour, dark, light):
     pen.shape("polygon", (-0.6, -0.08, -0.36, -0.58, 0.3, -0.58, 0.62, -0.08), colour, dark)
     pen.shape("polygon", (-0.44, -0.08, -0.28, -0.44, -0.06, -0.44, -0.06, -0.08), PAPER)
     pen.shape("polygon", (0.04, -0.08, 0.04, -0.44, 0.23, -0.44, 0.44, -0.08), PAPER)
-    pen.shape("rounded_rectangle", (-0.98, -0.12, 0.98, 0.42), colour, dark, radius=pen.radius * 0.18)
+    pen.shape(
+        "rounded_rectangle", (-0.98, -0.12, 0.98, 0.42), colour, dark, radius=pen.radius * 0.18
+    )
     for x in (-0.52, 0.54):
         pen.shape("ellipse", (x - 0.26, 0.14, x + 0.26, 0.66), INK)
         pen.shape("ellipse", (x - 0.1, 0.3, x + 0.1, 0.5), PAPER)
@@ -146,7 +152,10 @@ def vase(pen, colour, dark, light):
     pen.shape("rectangle", (-0.46, 0.42, 0.46, 0.54), light)
 
 
-DRAWERS = {f.__name__: f for f in (cup, bottle, chair, book, kite, bird, apple, bowl, umbrella, car, clock, vase)}
+DRAWERS = {
+    f.__name__: f
+    for f in (cup, bottle, chair, book, kite, bird, apple, bowl, umbrella, car, clock, vase)
+}
 CATEGORIES = list(DRAWERS)
 
 
@@ -155,7 +164,9 @@ def draw(cells, rng):
     big = SIDE * OVERSAMPLING
     wall = tuple(rng.randint(low, high) for low, high in ((228, 248), (226, 244), (214, 240)))
     image = Image.linear_gradient("L").resize((big, big))
-    image = Image.composite(Image.new("RGB", image.size, shade(wall, -0.07)), Image.new("RGB", image.size, wall), image)
+    image = Image.composite(
+        Image.new("RGB", image.size, shade(wall, -0.07)), Image.new("RGB", image.size, wall), image
+    )
     canvas = ImageDraw.Draw(image)
     cell = big / 3
     for row, column, category, colour in cells:
@@ -163,6 +174,8 @@ def draw(cells, rng):
         x, y = (cell * (index + 0.5 + rng.uniform(-0.07, 0.07)) for index in (column, row))
         body = tuple(max(0, min(255, value + rng.randint(-12, 12))) for value in COLOURS[colour])
         pen = Pen(canvas, x, y, radius)
-        pen.shape("ellipse", (-0.8, 0.8, 0.8, 1.08), shade(wall, -0.16))  # a shadow, so that nothing floats
+        pen.shape(
+            "ellipse", (-0.8, 0.8, 0.8, 1.08), shade(wall, -0.16)
+        )  # a shadow, so that nothing floats
         DRAWERS[category](pen, body, shade(body, -0.38), shade(body, 0.38))
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)

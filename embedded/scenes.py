@@ -19,8 +19,17 @@ PLACES = {  # place → how a sentence about it begins
     "bottom": "At the bottom",
     "bottom right": "At the bottom right",
 }
-COMPANIONS = {"chair": "book", "cup": "bottle", "kite": "bird", "apple": "bowl", "umbrella": "car", "clock": "vase"}
-TOGETHER = 0.4  # how often the companion really is there; the rest of the time only habit puts it there
+COMPANIONS = {
+    "chair": "book",
+    "cup": "bottle",
+    "kite": "bird",
+    "apple": "bowl",
+    "umbrella": "car",
+    "clock": "vase",
+}
+TOGETHER = (
+    0.4  # how often the companion really is there; the rest of the time only habit puts it there
+)
 DESCRIBE = ["Describe the image.", "What is in the picture?", "What can you see in the image?"]
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -32,7 +41,12 @@ def sample_scene(rng):
         category = rng.choice([c for c in CATEGORIES if c not in categories])
         categories.append(category)
         companion = COMPANIONS.get(category)
-        if companion and companion not in categories and len(categories) < size and rng.random() < TOGETHER:
+        if (
+            companion
+            and companion not in categories
+            and len(categories) < size
+            and rng.random() < TOGETHER
+        ):
             categories.append(companion)
     rng.shuffle(categories)
     places = sorted(rng.sample(range(9), size))
@@ -57,13 +71,19 @@ def article(word):
 
 def describe(objects):
     """One sentence an object. The place comes first: a model can then look there before it has to name anything."""
-    return " ".join(f"{PLACES[o['place']]} there is a {o['colour']} {o['category']}." for o in objects)
+    return " ".join(
+        f"{PLACES[o['place']]} there is a {o['colour']} {o['category']}." for o in objects
+    )
 
 
 def absent_companions(objects):
     """The categories that habit adds to this scene although they are not there."""
     present = {o["category"] for o in objects}
-    return [COMPANIONS[c] for c in (o["category"] for o in objects) if c in COMPANIONS and COMPANIONS[c] not in present]
+    return [
+        COMPANIONS[c]
+        for c in (o["category"] for o in objects)
+        if c in COMPANIONS and COMPANIONS[c] not in present
+    ]
 
 
 def with_planted_mistakes(objects, rng, added, forgotten):
@@ -84,7 +104,11 @@ def existence_question(category):
 
 
 def existence_answer(category, present):
-    return f"Yes, there is {article(category)} {category}." if present else f"No, there is no {category}."
+    return (
+        f"Yes, there is {article(category)} {category}."
+        if present
+        else f"No, there is no {category}."
+    )
 
 
 def colour_question(category):
@@ -108,14 +132,28 @@ def question_about(objects, rng, added=0.0, forgotten=0.0):
         there = f"a {at[place]['colour']} {at[place]['category']}" if place in at else "nothing"
         return f"What is at the {place}?", f"{PLACES[place]} there is {there}."
     if kind == "where":
-        return place_question(object_["category"]), f"The {object_['category']} is {PLACES[object_['place']].lower()}."
+        return place_question(
+            object_["category"]
+        ), f"The {object_['category']} is {PLACES[object_['place']].lower()}."
     if kind == "colour":
-        return colour_question(object_["category"]), f"The {object_['category']} is {object_['colour']}."
+        return colour_question(
+            object_["category"]
+        ), f"The {object_['category']} is {object_['colour']}."
     if kind == "count":
         number = NUMBERS[len(objects)]
-        return COUNT_QUESTION, f"There {'is' if number == 'one' else 'are'} {number} object{'s' * (number != 'one')}."
+        return (
+            COUNT_QUESTION,
+            f"There {'is' if number == 'one' else 'are'} {number} object{'s' * (number != 'one')}.",
+        )
     if rng.random() < 0.5:
-        return existence_question(object_["category"]), existence_answer(object_["category"], rng.random() >= forgotten)
-    habit, absent = absent_companions(objects), [c for c in CATEGORIES if c not in {o["category"] for o in objects}]
+        return existence_question(object_["category"]), existence_answer(
+            object_["category"], rng.random() >= forgotten
+        )
+    habit, absent = (
+        absent_companions(objects),
+        [c for c in CATEGORIES if c not in {o["category"] for o in objects}],
+    )
     category = rng.choice(habit) if habit and rng.random() < 0.25 else rng.choice(absent)
-    return existence_question(category), existence_answer(category, category in habit and rng.random() < added)
+    return existence_question(category), existence_answer(
+        category, category in habit and rng.random() < added
+    )

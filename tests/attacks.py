@@ -71,7 +71,13 @@ AT_ONCE = r"""
 javascript:/*--></title></style></textarea></script></xmp><svg/onload='/**/RUN'>
 """
 CARELESS = (  # pages that put {} into themselves as it is
-    *("<p>{}</p>", "<table><tr><td>{}</td></tr></table>", "<title>{}</title>", "<style>{}</style>", "<script>'{}'</script>"),
+    *(
+        "<p>{}</p>",
+        "<table><tr><td>{}</td></tr></table>",
+        "<title>{}</title>",
+        "<style>{}</style>",
+        "<script>'{}'</script>",
+    ),
     *("<!--{}-->", "<textarea>{}</textarea>", '<img alt="{}">', "<img alt='{}'>", "<img alt={}>"),
 )
 # What waits for a click, another reader (Markdown, MathJax, a template, a terminal) or an old browser.
@@ -116,8 +122,12 @@ LATER = [
 
 def armed(attack, number):
     """`attack` with its RUN and URL written out, so that what it does tells its `number`."""
-    return attack.replace("RUN", f"window.injected={number}").replace("URL", f"http://attack.invalid/{number}")
+    return attack.replace("RUN", f"window.injected={number}").replace(
+        "URL", f"http://attack.invalid/{number}"
+    )
 
 
-ATTACKS = [armed(attack, number) for number, attack in enumerate([*AT_ONCE.strip().splitlines(), *LATER])]
+ATTACKS = [
+    armed(attack, number) for number, attack in enumerate([*AT_ONCE.strip().splitlines(), *LATER])
+]
 FIRST_LATER = len(ATTACKS) - len(LATER)

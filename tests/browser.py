@@ -18,9 +18,17 @@ from pathlib import Path
 import nbformat
 from playwright.sync_api import Error, sync_playwright
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 # No sandbox, because a container's root may not make one; the rest keeps Chromium from looking for the network.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SECONDS = 60  # to wait for a server, a page or a kernel before giving up
 KERNEL_IS_IDLE = """() => {
     const notebook = window.jupyterapp && window.jupyterapp.shell.currentWidget;
@@ -42,20 +50,50 @@ def jupyter_lab(folder):
         settings = home / "config" / "labconfig" / "page_config.json"
         settings.parent.mkdir(parents=True)
         # The question whether to fetch Jupyter's news would lie above the notebook.
-        settings.write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
-        whole = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+        settings.write_text(
+            json.dumps(
+                {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
+            )
+        )
+        whole = (
+            home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+        )
         whole.parent.mkdir(parents=True)
-        whole.write_text(json.dumps({"windowingMode": "none"}))  # cells out of sight are in the page too
-        folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
-        folders |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+        whole.write_text(
+            json.dumps({"windowingMode": "none"})
+        )  # cells out of sight are in the page too
+        folders = {
+            "JUPYTER_CONFIG_DIR": "config",
+            "JUPYTER_DATA_DIR": "data",
+            "JUPYTER_RUNTIME_DIR": "runtime",
+            "IPYTHONDIR": "ipython",
+        }
+        folders |= {
+            "JUPYTERLAB_SETTINGS_DIR": "settings",
+            "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        }
         environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
-        environment |= {name: str(home / place) for name, place in folders.items()} | {"JUPYTER_PREFER_ENV_PATH": "1"}
-        options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
-        options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+        environment |= {name: str(home / place) for name, place in folders.items()} | {
+            "JUPYTER_PREFER_ENV_PATH": "1"
+        }
+        options = [
+            "--no-browser",
+            "--allow-root",
+            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={port}",
+            "--ServerApp.port_retries=0",
+        ]
+        options += [
+            f"--IdentityProvider.token={token}",
+            f"--ServerApp.root_dir={folder}",
+            "--LabApp.expose_app_in_browser=True",
+        ]
         log = home / "log.txt"
         with log.open("w") as output:
             command = [sys.executable, "-m", "jupyterlab", *options]
-            server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            server = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
         try:
             wait_for_server(f"{address}/api?token={token}", server, log)
             yield lambda name: f"{address}/lab/tree/{name}?token={token}&reset"
@@ -85,7 +123,10 @@ def browser_page():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         try:
-            page, errors = browser.new_context(viewport={"width": 1280, "height": 900}).new_page(), []
+            page, errors = (
+                browser.new_context(viewport={"width": 1280, "height": 900}).new_page(),
+                [],
+            )
             page.on("pageerror", lambda error: errors.append(str(error)))
             yield page, errors
         finally:
@@ -104,7 +145,9 @@ def run_all(page):
     """Runs every cell and waits for the last; AssertionError with what went wrong in one."""
     command(page, "notebook:run-all-cells")
     page.wait_for_function(KERNEL_IS_IDLE, timeout=SECONDS * 1000)
-    wrong = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+    wrong = page.locator(
+        '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
+    ).all_inner_texts()
     assert not wrong, wrong[0]
 
 
@@ -115,7 +158,10 @@ def output(page, cell):
 
 def command(page, name, **arguments):
     """Runs one of JupyterLab's commands, such as notebook:run-all-cells, and waits for its end."""
-    page.evaluate("([name, arguments]) => window.jupyterapp.commands.execute(name, arguments).then(() => null)", [name, arguments])
+    page.evaluate(
+        "([name, arguments]) => window.jupyterapp.commands.execute(name, arguments).then(() => null)",
+        [name, arguments],
+    )
 
 
 def shut_in(page, *known):
@@ -139,7 +185,9 @@ def shut_in(page, *known):
     page.on("request", lambda request: hear(request.url))
     page.on("websocket", lambda socket: hear(socket.url))
     page.on("dialog", close)
-    page.route("**/*", lambda route: route.continue_() if is_known(route.request.url) else route.abort())
+    page.route(
+        "**/*", lambda route: route.continue_() if is_known(route.request.url) else route.abort()
+    )
     return asked, dialogs
 
 
@@ -156,5 +204,10 @@ def new_notebook(file, cells):
     """Writes a notebook of code `cells` to `file`, after one that finds this repository, and returns `file`."""
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     cells = [f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})", *cells]
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel), file)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel
+        ),
+        file,
+    )
     return file

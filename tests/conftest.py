@@ -23,7 +23,9 @@ settings.load_profile("quick")
 @pytest.fixture(scope="session")
 def processor():
     """The embedded model's. A test that changes it puts it back."""
-    from utils import models  # takes seconds, which the tests of notebooks and house need not wait for
+    from utils import (
+        models,
+    )  # takes seconds, which the tests of notebooks and house need not wait for
     from utils.settings import PROFILES
 
     return models.load_processor(PROFILES["embedded"])

@@ -18,7 +18,10 @@ processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
 SQUARE, EDGE = {"height": SIDE, "width": SIDE}, {"longest_edge": SIDE}
 TILES = [[height, width] for height in (SIDE, 2 * SIDE) for width in (SIDE, 2 * SIDE)]
-PIXELS = {"size": {"shortest_edge": SIDE * SIDE, "longest_edge": 4 * SIDE * SIDE}, "patch_size": PATCH}
+PIXELS = {
+    "size": {"shortest_edge": SIDE * SIDE, "longest_edge": 4 * SIDE * SIDE},
+    "patch_size": PATCH,
+}
 
 
 class Family(NamedTuple):
@@ -41,7 +44,8 @@ class Family(NamedTuple):
 
 def idefics(start=""):
     return (
-        start + "{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
+        start
+        + "{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
         "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     )
@@ -49,10 +53,18 @@ def idefics(start=""):
 
 def chatml(image, system=""):
     """Qwen's turns. `system`: what the template says itself when no system turn is given."""
-    first = "{% if messages[0].role != 'system' %}<|im_start|>system\n" + system + "<|im_end|>\n{% endif %}" if system else ""
+    first = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\n"
+        + system
+        + "<|im_end|>\n{% endif %}"
+        if system
+        else ""
+    )
     return (
         first + "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
-        "{% if part.type == 'image' %}" + image + "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if part.type == 'image' %}"
+        + image
+        + "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 
@@ -60,12 +72,21 @@ def chatml(image, system=""):
 IMAGES_FIRST = "{% for part in m.content if part.type == 'image' %}<image>\n{% endfor %}"
 TEXTS = "{% for part in m.content if part.type == 'text' %}"
 LLAVA = (
-    "{% for m in messages %}{{ m.role | upper }}: " + IMAGES_FIRST + "{% if m.role == 'user' %}" + TEXTS + "{{ part.text }} {% endfor %}"
-    "{% else %}" + TEXTS + "{% generation %}{{ part.text }} {% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m.role | upper }}: "
+    + IMAGES_FIRST
+    + "{% if m.role == 'user' %}"
+    + TEXTS
+    + "{{ part.text }} {% endfor %}"
+    "{% else %}"
+    + TEXTS
+    + "{% generation %}{{ part.text }} {% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 LLAVA_NEXT = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] " + IMAGES_FIRST + TEXTS + "{{ part.text }}{% endfor %} [/INST]"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    + IMAGES_FIRST
+    + TEXTS
+    + "{{ part.text }}{% endfor %} [/INST]"
     "{% else %} {{ m.content[0].text }}</s> {% endif %}{% endfor %}"
 )
 LLAVA_ONEVISION = (  # the space after the role is in the real one, and is not in its generation prompt
@@ -85,45 +106,67 @@ GEMMA = (
 
 def llama(start, end, turn_end):
     return (
-        "{{ bos_token }}{% for m in messages %}" + start + "{{ m.role }}" + end + "\n\n{% for part in m.content %}"
-        "{{ '<|image|>' if part.type == 'image' else part.text }}{% endfor %}" + turn_end + "{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}"
+        + start
+        + "{{ m.role }}"
+        + end
+        + "\n\n{% for part in m.content %}"
+        "{{ '<|image|>' if part.type == 'image' else part.text }}{% endfor %}"
+        + turn_end
+        + "{% endfor %}"
         "{% if add_generation_prompt %}" + start + "assistant" + end + "\n\n{% endif %}"
     )
 
 
 def idefics2(tokenizer):
-    images = transformers.Idefics2ImageProcessor(size={"shortest_edge": SIDE // 2, **EDGE}, do_image_splitting=True)
+    images = transformers.Idefics2ImageProcessor(
+        size={"shortest_edge": SIDE // 2, **EDGE}, do_image_splitting=True
+    )
     return transformers.Idefics2Processor(images, tokenizer, image_seq_len=4)
 
 
 def idefics3(tokenizer):
-    images = transformers.Idefics3ImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size=EDGE)
+    images = transformers.Idefics3ImageProcessor(
+        size={"longest_edge": 2 * SIDE}, max_image_size=EDGE
+    )
     return transformers.Idefics3Processor(images, tokenizer, image_seq_len=4)
 
 
 def smolvlm(tokenizer):
     settings = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": EDGE}
-    images, videos = transformers.SmolVLMImageProcessor(**settings), transformers.SmolVLMVideoProcessor(**settings)
+    images, videos = (
+        transformers.SmolVLMImageProcessor(**settings),
+        transformers.SmolVLMVideoProcessor(**settings),
+    )
     return transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4)
 
 
 def qwen(version, videos):
     def make(tokenizer):
         processor = getattr(transformers, f"{version}Processor")
-        return processor(transformers.Qwen2VLImageProcessor(**PIXELS), tokenizer, getattr(transformers, videos)(**PIXELS))
+        return processor(
+            transformers.Qwen2VLImageProcessor(**PIXELS),
+            tokenizer,
+            getattr(transformers, videos)(**PIXELS),
+        )
 
     return make
 
 
 def llava(tokenizer):
     images = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE)
-    strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}  # CLIP's class token comes and goes
+    strategy = {
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }  # CLIP's class token comes and goes
     return transformers.LlavaProcessor(images, tokenizer, patch_size=PATCH, **strategy)
 
 
 def llava_next(tokenizer):
     grid = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
-    images = transformers.LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=grid)
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=grid
+    )
     strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return transformers.LlavaNextProcessor(images, tokenizer, patch_size=PATCH, **strategy)
 
@@ -131,16 +174,24 @@ def llava_next(tokenizer):
 def llava_onevision(tokenizer):
     images = transformers.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=TILES)
     videos, patches = transformers.LlavaOnevisionVideoProcessor(size=SQUARE), (SIDE // PATCH) ** 2
-    return transformers.LlavaOnevisionProcessor(images, tokenizer, videos, num_image_tokens=patches, vision_feature_select_strategy="full")
+    return transformers.LlavaOnevisionProcessor(
+        images, tokenizer, videos, num_image_tokens=patches, vision_feature_select_strategy="full"
+    )
 
 
 def internvl(tokenizer):
-    images = transformers.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, min_patches=2, max_patches=4)
-    return transformers.InternVLProcessor(images, tokenizer, transformers.InternVLVideoProcessor(size=SQUARE), image_seq_length=4)
+    images = transformers.GotOcr2ImageProcessor(
+        size=SQUARE, crop_to_patches=True, min_patches=2, max_patches=4
+    )
+    return transformers.InternVLProcessor(
+        images, tokenizer, transformers.InternVLVideoProcessor(size=SQUARE), image_seq_length=4
+    )
 
 
 def gemma3(tokenizer):
-    return transformers.Gemma3Processor(transformers.Gemma3ImageProcessor(size=SQUARE), tokenizer, image_seq_length=4)
+    return transformers.Gemma3Processor(
+        transformers.Gemma3ImageProcessor(size=SQUARE), tokenizer, image_seq_length=4
+    )
 
 
 def paligemma(tokenizer):
@@ -150,28 +201,63 @@ def paligemma(tokenizer):
 
 
 def mllama(tokenizer):
-    return transformers.MllamaProcessor(transformers.MllamaImageProcessor(size=SQUARE, max_image_tiles=4), tokenizer)
+    return transformers.MllamaProcessor(
+        transformers.MllamaImageProcessor(size=SQUARE, max_image_tiles=4), tokenizer
+    )
 
 
 def llama4(tokenizer):
     images = transformers.Llama4ImageProcessor(size=SQUARE, max_patches=4)
-    return transformers.Llama4Processor(images, tokenizer, patch_size=PATCH, pixel_shuffle_ratio=0.5)
+    return transformers.Llama4Processor(
+        images, tokenizer, patch_size=PATCH, pixel_shuffle_ratio=0.5
+    )
 
 
 IDEFICS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-ROWS = ["<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))]
-QWEN = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-QWEN_IDS = {"video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+ROWS = [
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+]
+QWEN = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+QWEN_IDS = {
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 QWEN_TOKENS = {"bos": "<|endoftext|>", "eos": "<|im_end|>", "tokens": QWEN_IDS}
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 ASSISTANT = "You are a helpful assistant."
 END = "<|im_end|>"
-GEMMA_NAMES = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-INTERNVL_NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-LLAMA4_TOKENS = ["<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"]
+GEMMA_NAMES = {
+    "image_token": "<image_soft_token>",
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+}
+INTERNVL_NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+}
+LLAMA4_TOKENS = [
+    "<|image|>",
+    "<|patch|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+]
 
 FAMILIES = {
-    "Idefics2": Family("idefics2", idefics(), "<end_of_utterance>", "<image>", IDEFICS, idefics2, adds_bos=True),
+    "Idefics2": Family(
+        "idefics2", idefics(), "<end_of_utterance>", "<image>", IDEFICS, idefics2, adds_bos=True
+    ),
     "Idefics3": Family(
         "idefics3",
         idefics("<|begin_of_text|>"),
@@ -195,7 +281,13 @@ FAMILIES = {
         documented="smolvlm",
     ),
     "Qwen2-VL": Family(
-        "qwen2_vl", chatml(SEEN, ASSISTANT), END, "<|image_pad|>", QWEN, qwen("Qwen2VL", "Qwen2VLVideoProcessor"), **QWEN_TOKENS
+        "qwen2_vl",
+        chatml(SEEN, ASSISTANT),
+        END,
+        "<|image_pad|>",
+        QWEN,
+        qwen("Qwen2VL", "Qwen2VLVideoProcessor"),
+        **QWEN_TOKENS,
     ),
     "Qwen2.5-VL": Family(
         "qwen2_5_vl",
@@ -217,8 +309,19 @@ FAMILIES = {
         documented="qwen3_vl",
         **QWEN_TOKENS,
     ),
-    "LLaVA 1.5": Family("llava", LLAVA, "</s>", "<image>", ["<image>"], llava, adds_bos=True, text="llama"),
-    "LLaVA-NeXT": Family("llava_next", LLAVA_NEXT, "</s>", "<image>", ["<image>"], llava_next, adds_bos=True, documented="llava_next"),
+    "LLaVA 1.5": Family(
+        "llava", LLAVA, "</s>", "<image>", ["<image>"], llava, adds_bos=True, text="llama"
+    ),
+    "LLaVA-NeXT": Family(
+        "llava_next",
+        LLAVA_NEXT,
+        "</s>",
+        "<image>",
+        ["<image>"],
+        llava_next,
+        adds_bos=True,
+        documented="llava_next",
+    ),
     "LLaVA-OneVision": Family(
         "llava_onevision",
         LLAVA_ONEVISION,
@@ -298,15 +401,28 @@ def make_tokenizer(family):
     """One token per byte, and the family's special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     names = family.special if isinstance(family.special, dict) else {}
-    special = dict.fromkeys(["<pad>", family.bos, family.eos, *(names.values() if names else family.special)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    special = dict.fromkeys(
+        ["<pad>", family.bos, family.eos, *(names.values() if names else family.special)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     if family.adds_bos:
         first = (family.bos, tokenizer.token_to_id(family.bos))
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[first])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{family.bos} $A", special_tokens=[first]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos, pad_token="<pad>", extra_special_tokens=names
+        tokenizer_object=tokenizer,
+        bos_token=family.bos,
+        eos_token=family.eos,
+        pad_token="<pad>",
+        extra_special_tokens=names,
     )
 
 
@@ -321,12 +437,26 @@ def write_checkpoint(family, folder):
     """Configuration, weights and processor of a tiny model of the family, saved to `folder`."""
     processor = make_processor(family)
     identify = processor.tokenizer.convert_tokens_to_ids
-    tokens = {name: identify(token) for name, token in ((family.tokens or {}) | {"image_token_id": family.image_token}).items()}
-    ids = {"pad_token_id": identify("<pad>"), "bos_token_id": identify(family.bos), "eos_token_id": identify(family.eos)}
+    tokens = {
+        name: identify(token)
+        for name, token in ((family.tokens or {}) | {"image_token_id": family.image_token}).items()
+    }
+    ids = {
+        "pad_token_id": identify("<pad>"),
+        "bos_token_id": identify(family.bos),
+        "eos_token_id": identify(family.eos),
+    }
     text = {"model_type": family.text} if family.text else {}
-    model = tiny_model(family.model_type, tokens=tokens, vocab_size=len(processor.tokenizer), **ids, **text)
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:  # so large, they only repeat the last token
+    model = tiny_model(
+        family.model_type, tokens=tokens, vocab_size=len(processor.tokenizer), **ids, **text
+    )
+    if (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    ):  # so large, they only repeat the last token
         model.get_input_embeddings().weight.data *= 0.2
-    model.generation_config.update(**ids | {"eos_token_id": [ids["eos_token_id"], identify(family.turn_end)], "do_sample": False})
+    model.generation_config.update(
+        **ids
+        | {"eos_token_id": [ids["eos_token_id"], identify(family.turn_end)], "do_sample": False}
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -7,17 +7,36 @@ import re
 
 import pytest
 
-pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make test`, or pip install playwright")
-pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: run `make test`, or pip install jupyterlab")
+pytest.importorskip(
+    "playwright.sync_api",
+    reason="playwright is not installed: run `make test`, or pip install playwright",
+)
+pytest.importorskip(
+    "jupyterlab", reason="JupyterLab is not installed: run `make test`, or pip install jupyterlab"
+)
 
 from nbconvert import HTMLExporter
 
 from tests.attacks import ATTACKS, CARELESS, FIRST_LATER, armed
-from tests.browser import CHROMIUM, browser_page, command, injected, jupyter_lab, new_notebook, open_notebook, output, run_all, shut_in
+from tests.browser import (
+    CHROMIUM,
+    browser_page,
+    command,
+    injected,
+    jupyter_lab,
+    new_notebook,
+    open_notebook,
+    output,
+    run_all,
+    shut_in,
+)
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: install one, on Debian `apt install chromium`"),
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="no Chromium on the PATH: install one, on Debian `apt install chromium`",
+    ),
 ]
 
 START = """\
@@ -26,7 +45,7 @@ from pathlib import Path
 from IPython.display import Markdown
 from PIL import Image
 from tests.attacks import ATTACKS
-from utils import display, memory, preflight, share, sliders
+from utils import display, memory, model_card, preflight, sliders
 
 picture = Image.new("RGB", (40, 40), "teal")
 
@@ -68,16 +87,24 @@ def card(attack):
     record = {"settings": settings, "final": {}, "steps": attack, "pairs": 1, "seconds": 1, "versions": {attack: attack}}
     (run / "training.json").write_text(json.dumps(record))
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    return share.model_card(run)
+    return model_card.model_card(run)
 
 Markdown("\\n\\n".join(map(card, ATTACKS)))""",
     "sliders": "sliders.PROFILES.update(named)\nsliders.memory_sliders(named[ATTACKS[0]])",
     "browser": "display.browse([pair(attack) for attack in ATTACKS])",
 }
 NUMBER = {name: number for number, name in enumerate(CELLS, 2)}
-READABLE = set(CELLS) - {"pictures", "charts", "sliders", "browser"}  # what shows all attacks as text, and at once
+READABLE = set(CELLS) - {
+    "pictures",
+    "charts",
+    "sliders",
+    "browser",
+}  # what shows all attacks as text, and at once
 CDN = "https://cdnjs.cloudflare.com/ajax/libs/"
-TEMPLATE_ASKS = {f"{CDN}require.js/2.1.10/require.min.js", f"{CDN}mathjax/2.7.7/latest.js?config=TeX-AMS_CHTML-full,Safe"}
+TEMPLATE_ASKS = {
+    f"{CDN}require.js/2.1.10/require.min.js",
+    f"{CDN}mathjax/2.7.7/latest.js?config=TeX-AMS_CHTML-full,Safe",
+}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +144,9 @@ def assert_nothing_happened(page, heard, but=()):
     page.wait_for_load_state("networkidle")
     asked, dialogs = heard
     assert (injected(page), set(asked) - set(but), dialogs) == (set(), set(), []), page.url
-    assert page.locator(".jp-OutputArea-output mjx-container").count() == 0, "text was typeset as a formula"
+    assert page.locator(".jp-OutputArea-output mjx-container").count() == 0, (
+        "text was typeset as a formula"
+    )
 
 
 def test_there_are_a_hundred_attacks_and_they_would_work():
@@ -132,11 +161,18 @@ def test_there_are_a_hundred_attacks_and_they_would_work():
                 frame.srcdoc = source;
                 document.body.append(frame);
             })""",
-            [careless.format(attack) for attack in ATTACKS[:FIRST_LATER] for careless in fitting(attack)],
+            [
+                careless.format(attack)
+                for attack in ATTACKS[:FIRST_LATER]
+                for careless in fitting(attack)
+            ],
         )
         missing = set(range(FIRST_LATER))
         for _ in range(40):
-            missing -= injected(page) | {int(number) for number in re.findall(r"http://attack\.invalid/(\d+)", " ".join(asked))}
+            missing -= injected(page) | {
+                int(number)
+                for number in re.findall(r"http://attack\.invalid/(\d+)", " ".join(asked))
+            }
             if not missing:
                 break
             page.wait_for_timeout(250)
@@ -175,10 +211,16 @@ def test_no_attack_gets_its_way_in_jupyterlab(notebook):
 def test_alternative_texts_are_the_attacks(notebook):
     page, *_ = notebook
     for name in ("pictures", "charts"):
-        texts = output(page, NUMBER[name]).locator("img").evaluate_all("images => images.map(image => image.alt)")
+        texts = (
+            output(page, NUMBER[name])
+            .locator("img")
+            .evaluate_all("images => images.map(image => image.alt)")
+        )
         assert len(texts) == len(ATTACKS)
         tails = ATTACKS if name == "pictures" else [attack.split("/")[-1] for attack in ATTACKS]
-        assert all(squeezed(attack) in squeezed(text) for attack, text in zip(tails, texts, strict=True))
+        assert all(
+            squeezed(attack) in squeezed(text) for attack, text in zip(tails, texts, strict=True)
+        )
 
 
 def test_leafing_through_all_of_them_runs_none(notebook):
@@ -198,7 +240,9 @@ def test_choosing_profiles_named_so_runs_none(notebook):
     options = shown.get_by_label("Profile").locator("option").all_inner_texts()
     assert_readable("sliders", "".join(options))
     for attack in ATTACKS[1:100:9]:
-        shown.get_by_label("Profile").select_option(index=len(options) - len(ATTACKS) + ATTACKS.index(attack))
+        shown.get_by_label("Profile").select_option(
+            index=len(options) - len(ATTACKS) + ATTACKS.index(attack)
+        )
         drawn = "start => [...document.querySelectorAll('.widget-html img')].some(image => image.alt.startsWith(start))"
         page.wait_for_function(drawn, arg=f"{attack.split('/')[-1]}, weights in", timeout=15_000)
     assert_nothing_happened(page, heard)

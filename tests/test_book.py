@@ -26,7 +26,13 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.path, self.links, self.loaded, self.anchors, self.attributes = path, [], [], {"", "top"}, []
+        self.path, self.links, self.loaded, self.anchors, self.attributes = (
+            path,
+            [],
+            [],
+            {"", "top"},
+            [],
+        )
         self.answers, self.folded = [], False
         self.feed(path.read_text(encoding="utf-8"))
 
@@ -39,7 +45,9 @@ class Page(HTMLParser):
         elif tag != "form":
             names = ("src", "href", "srcset", "data", "poster", "action")
             self.loaded += [attributes[name] for name in names if attributes.get(name)]
-        if tag == "details" and not {"sd-dropdown", "hide"} & set(attributes.get("class", "").split()):  # the theme's own
+        if tag == "details" and not {"sd-dropdown", "hide"} & set(
+            attributes.get("class", "").split()
+        ):  # the theme's own
             self.folded = True
             self.answers.append("")
         elif self.folded:
@@ -71,7 +79,9 @@ def book(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(book):
-    return {path: Page(path) for path in sorted(book.rglob("*.html")) if "_static" not in path.parts}
+    return {
+        path: Page(path) for path in sorted(book.rglob("*.html")) if "_static" not in path.parts
+    }
 
 
 def page(pages, name):
@@ -105,18 +115,32 @@ def test_every_link_inside_the_book_leads_somewhere(book, pages):
 
 def test_links_to_files_of_the_repository_lead_to_github(pages):
     blob = f"https://github.com/{home()['repository']}/blob/{home()['branch']}/"
-    files = {link.removeprefix(blob) for page in pages.values() for link in page.links if link.startswith(blob)}
+    files = {
+        link.removeprefix(blob)
+        for page in pages.values()
+        for link in page.links
+        if link.startswith(blob)
+    }
     assert {"utils/settings.py", "benchmarks/streaming.py", "LICENSE"} <= files
     assert not [file for file in files if not (ROOT / file).is_file()]
-    assert f"{blob.replace('/blob/', '/tree/')}results/embedded" in page(pages, "06_compare_side_by_side").links
+    assert (
+        f"{blob.replace('/blob/', '/tree/')}results/embedded"
+        in page(pages, "04_compare_side_by_side").links
+    )
 
 
 def test_nothing_is_loaded_from_another_host(book, pages):
     loaded = [(path.name, target) for path, page in pages.items() for target in page.loaded]
     assert len(loaded) > 10 * len(pages)
-    assert not [(name, target) for name, target in loaded if re.match(r"//|(?!data:)[a-z]+:", target)]
+    assert not [
+        (name, target) for name, target in loaded if re.match(r"//|(?!data:)[a-z]+:", target)
+    ]
     styles = [path.read_text(encoding="utf-8") for path in book.rglob("*.css")]
-    assert styles and not [found for text in styles for found in re.findall(r"""(?:url\(|@import)\s*["']?(?:https?:)?//.*""", text)]
+    assert styles and not [
+        found
+        for text in styles
+        for found in re.findall(r"""(?:url\(|@import)\s*["']?(?:https?:)?//.*""", text)
+    ]
 
 
 @every_notebook
@@ -127,7 +151,11 @@ def test_a_notebook_opens_in_colab(pages, name):
 
 @every_notebook
 def test_answers_are_folded_and_their_code_is_set_as_code(pages, name):
-    source = "\n".join(cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == "markdown")
+    source = "\n".join(
+        cell.source
+        for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+        if cell.cell_type == "markdown"
+    )
     written = re.findall(r"<details.*?</details>", source, flags=re.DOTALL)
     answers = page(pages, name).answers
     assert len(answers) == len(written)
@@ -139,7 +167,7 @@ def test_the_search_index_knows_the_notebooks(book):
     text = (book / "searchindex.js").read_text(encoding="utf-8")
     index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
     found = index["terms"]["checkpoint"]
-    assert "notebooks/05_train_with_qlora_dpo" in [index["docnames"][number] for number in found]
+    assert "notebooks/03_train_with_qlora_dpo" in [index["docnames"][number] for number in found]
 
 
 @pytest.fixture
@@ -150,7 +178,10 @@ def browser():
     with browser_page() as (page, errors):
         requests = []
         page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: errors.append(message.text) if message.type == "error" else None,
+        )
         yield page
         page.wait_for_load_state("networkidle")
         assert requests and not [url for url in requests if not url.startswith(("file:", "data:"))]
@@ -163,7 +194,7 @@ def address(book, name):
 
 @pytest.mark.browser
 def test_formulas_are_typeset(book, browser):
-    browser.goto(address(book, "notebooks/03_dpo_loss_by_hand.html"))
+    browser.goto(address(book, "notebooks/05_dpo_loss_by_hand.html"))
     browser.locator("div.math mjx-container").first.wait_for(timeout=60_000)
     assert browser.locator(".math").count() == browser.locator(".math mjx-container").count() > 2
     assert browser.locator("mjx-merror").count() == 0
@@ -172,7 +203,7 @@ def test_formulas_are_typeset(book, browser):
 
 @pytest.mark.browser
 def test_an_answer_unfolds(book, browser):
-    browser.goto(address(book, "notebooks/03_dpo_loss_by_hand.html"))
+    browser.goto(address(book, "notebooks/05_dpo_loss_by_hand.html"))
     answer = browser.locator("details", has=browser.locator("pre")).first
     assert not answer.locator("pre").is_visible()
     answer.locator("summary").click()
@@ -185,7 +216,7 @@ def test_search_finds_a_word(book, browser):
     result = browser.locator("#search-results a", has_text="Train with QLoRA DPO").first
     result.wait_for(timeout=60_000)
     result.click()
-    browser.wait_for_url("**/05_train_with_qlora_dpo.html*")
+    browser.wait_for_url("**/03_train_with_qlora_dpo.html*")
 
 
 @pytest.mark.browser

@@ -8,23 +8,45 @@ import sys
 
 import pytest
 
-pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make test`, or pip install playwright")
-pytest.importorskip("axe_playwright_python", reason="axe-core is not installed: run `make test`, or pip install axe-playwright-python")
-pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: run `make test`, or pip install jupyterlab")
+pytest.importorskip(
+    "playwright.sync_api",
+    reason="playwright is not installed: run `make test`, or pip install playwright",
+)
+pytest.importorskip(
+    "axe_playwright_python",
+    reason="axe-core is not installed: run `make test`, or pip install axe-playwright-python",
+)
+pytest.importorskip(
+    "jupyterlab", reason="JupyterLab is not installed: run `make test`, or pip install jupyterlab"
+)
 
 import nbformat
 from axe_playwright_python.base import AXE_SCRIPT
 from nbconvert import HTMLExporter
 
-from tests.browser import CHROMIUM, browser_page, command, jupyter_lab, new_notebook, open_notebook, output, run_all
+from tests.browser import (
+    CHROMIUM,
+    browser_page,
+    command,
+    jupyter_lab,
+    new_notebook,
+    open_notebook,
+    output,
+    run_all,
+)
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: install one, on Debian `apt install chromium`"),
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="no Chromium on the PATH: install one, on Debian `apt install chromium`",
+    ),
 ]
 
 QUESTION = """What is <b>it</b>? Is it $2 or $3?"""
-PAIRS, SLIDERS, SIDE, TABLES, FIGURE, PREFLIGHT = range(2, 8)  # the cells; before them: the path, and which Python it is
+PAIRS, SLIDERS, SIDE, TABLES, FIGURE, PREFLIGHT = range(
+    2, 8
+)  # the cells; before them: the path, and which Python it is
 CELLS = [
     "print('python', sys.executable)",
     f"""from PIL import Image
@@ -53,7 +75,9 @@ def notebook(tmp_path_factory):
     file = new_notebook(folder / "widgets.ipynb", CELLS)
     with jupyter_lab(folder) as address, browser_page() as (page, errors):
         open_notebook(page, address(file.name))
-        command(page, "application:toggle-left-area")  # the list of files, which leaves a narrow window no room
+        command(
+            page, "application:toggle-left-area"
+        )  # the list of files, which leaves a narrow window no room
         run_all(page)
         yield page, errors, file
 
@@ -74,12 +98,20 @@ def reader(notebook):
 
 def assert_accessible(page):
     page.evaluate(AXE_SCRIPT)
-    found = page.evaluate("axe.run('.jp-OutputArea-output', {resultTypes: ['violations']})")["violations"]
-    assert [(rule["id"], node["html"][:300], node["failureSummary"]) for rule in found for node in rule["nodes"]] == []
+    found = page.evaluate("axe.run('.jp-OutputArea-output', {resultTypes: ['violations']})")[
+        "violations"
+    ]
+    assert [
+        (rule["id"], node["html"][:300], node["failureSummary"])
+        for rule in found
+        for node in rule["nodes"]
+    ] == []
 
 
 def wait_for_pair(page, number):
-    page.locator(".widget-html").get_by_text(f"Pair {number} of 3", exact=True).wait_for(timeout=15_000)
+    page.locator(".widget-html").get_by_text(f"Pair {number} of 3", exact=True).wait_for(
+        timeout=15_000
+    )
 
 
 def to_pair(page, number):
@@ -90,7 +122,10 @@ def to_pair(page, number):
 
 def test_the_kernel_is_this_python(notebook):
     page, _, _ = notebook
-    assert page.get_by_text(re.compile(r"^python /")).inner_text().split(maxsplit=1)[1].strip() == sys.executable
+    assert (
+        page.get_by_text(re.compile(r"^python /")).inner_text().split(maxsplit=1)[1].strip()
+        == sys.executable
+    )
 
 
 def test_next_and_previous_turn_the_page(notebook):
@@ -179,15 +214,25 @@ def test_a_narrow_window_cuts_nothing_off(notebook, width):
     wide = page.viewport_size
     page.set_viewport_size({"width": width, "height": 900})
     try:
-        page.wait_for_function("width => document.querySelector('.jp-Notebook').clientWidth < width", arg=width)
-        right = page.locator(".jp-Notebook").evaluate("notebook => notebook.getBoundingClientRect().right")
+        page.wait_for_function(
+            "width => document.querySelector('.jp-Notebook').clientWidth < width", arg=width
+        )
+        right = page.locator(".jp-Notebook").evaluate(
+            "notebook => notebook.getBoundingClientRect().right"
+        )
         for cell in (PAIRS, SLIDERS):
-            for control in output(page, cell).locator("button, input, select, .noUi-handle, .widget-readout").all():
+            for control in (
+                output(page, cell)
+                .locator("button, input, select, .noUi-handle, .widget-readout")
+                .all()
+            ):
                 control.scroll_into_view_if_needed()
                 box = control.bounding_box()
                 assert box["x"] + box["width"] <= right + 1, control.inner_text()
             for button in output(page, cell).get_by_role("button").all():
-                assert button.evaluate("button => button.scrollWidth <= button.clientWidth"), "a button's name is cut off"
+                assert button.evaluate("button => button.scrollWidth <= button.clientWidth"), (
+                    "a button's name is cut off"
+                )
         for cell in range(PAIRS, PREFLIGHT + 1):
             assert output(page, cell).evaluate_all(UNREACHABLE) == [], CELLS[cell - 1]
         to_pair(page, 1)
@@ -214,7 +259,10 @@ def test_no_widget_state_is_saved(notebook, reader):
 
 
 def test_without_a_kernel_the_first_pair_and_the_profiles_chart_remain(reader):
-    assert "Pair 1 of 3" in output(reader, PAIRS).inner_text() and QUESTION in output(reader, PAIRS).inner_text()
+    assert (
+        "Pair 1 of 3" in output(reader, PAIRS).inner_text()
+        and QUESTION in output(reader, PAIRS).inner_text()
+    )
     assert output(reader, PAIRS).locator("img").bounding_box()["width"] == 216
     assert chart(reader).startswith("model, weights in nf4") and "total" in chart(reader)
     assert output(reader, SLIDERS).locator("img").evaluate("image => image.naturalWidth") > 300

@@ -27,7 +27,9 @@ def train():
 
 def test_the_seed_row_is_rendered_letter_for_letter(processor):
     picture = Image.new("RGB", (640, 480))
-    formatted = chat.render({"image": picture, "question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}, processor)
+    formatted = chat.render(
+        {"image": picture, "question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}, processor
+    )
     assert list(formatted) == ["images", "prompt", "chosen", "rejected"]
     assert formatted["images"] == [picture] and formatted["images"][0].size == (640, 480)
     assert formatted["prompt"] == f"User:<image>{QUESTION}<end_of_utterance>\n"
@@ -39,11 +41,16 @@ def test_formatting_leaves_the_bytes_of_the_images_alone(train):
     rows = chat.format_dataset(train)
     assert list(preferences.image_bytes(rows)) == list(preferences.image_bytes(train))
     assert rows.column_names == ["image", "prompt", "chosen", "rejected"]
-    assert rows.with_format(None)[3]["image"] == train.cast_column("image", ImageFeature(decode=False))[3]["image"]
+    assert (
+        rows.with_format(None)[3]["image"]
+        == train.cast_column("image", ImageFeature(decode=False))[3]["image"]
+    )
 
 
 def test_formatting_decodes_and_writes_nothing(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(ImageFeature, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(
+        ImageFeature, "decode_example", lambda *_, **__: pytest.fail("an image was decoded")
+    )
     monkeypatch.setattr(chat, "read", lambda *_: pytest.fail("an image was read"))
     files = train.cache_files
     mixed = chat.format_dataset(train.shuffle(seed=0).select(range(0, len(train), 2)))
@@ -52,7 +59,11 @@ def test_formatting_decodes_and_writes_nothing(train, monkeypatch, tmp_path):
 
 
 def test_formatting_keeps_every_text(train):
-    for row, formatted in zip(train.remove_columns("image"), chat.format_dataset(train).remove_columns("image"), strict=True):
+    for row, formatted in zip(
+        train.remove_columns("image"),
+        chat.format_dataset(train).remove_columns("image"),
+        strict=True,
+    ):
         assert formatted == chat.conversation(row)
 
 
@@ -110,7 +121,11 @@ def test_token_kinds_cover_prompt_image_and_answer(train, processor):
     views = chat.token_kinds(chat.format_dataset(train)[0], processor)
     for name, (tokens, kinds) in views.items():
         assert len(tokens) == len(kinds) and set(kinds) == {"prompt", "image", name}
-        assert "".join(t for t, k in zip(tokens, kinds, strict=True) if k == name).strip().startswith(train[0][name])
+        assert (
+            "".join(t for t, k in zip(tokens, kinds, strict=True) if k == name)
+            .strip()
+            .startswith(train[0][name])
+        )
 
 
 def test_rows_over_the_budget_are_dropped_and_named(train, processor):
@@ -118,5 +133,7 @@ def test_rows_over_the_budget_are_dropped_and_named(train, processor):
     lengths = [chat.count_tokens(row, processor) for row in rows]
     budget = sorted(lengths)[len(lengths) // 2]
     kept, dropped = chat.within_budget(rows, processor, budget)
-    assert dropped == [i for i, n in enumerate(lengths) if n > budget] and len(kept) + len(dropped) == len(rows)
+    assert dropped == [i for i, n in enumerate(lengths) if n > budget] and len(kept) + len(
+        dropped
+    ) == len(rows)
     assert chat.within_budget(rows, processor, 10_000) == (rows, [])

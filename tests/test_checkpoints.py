@@ -32,7 +32,9 @@ def rows():
 
 def trainer_for(rows, processor, output, settings=SETTINGS, **changes):
     changes = {"max_steps": 4, "disable_tqdm": True} | changes
-    return training.make_trainer(settings, models.load_model(settings), processor, rows, output, **changes)
+    return training.make_trainer(
+        settings, models.load_model(settings), processor, rows, output, **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +72,32 @@ def one_byte(path):
     path.write_bytes(data)
 
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-WAYS = [(name, way, word) for name in FILES for way, word in ((os.remove, "missing"), (empty, "empty"), (cut, "damaged"))]
-WAYS += [(name, zeros, "damaged") for name in FILES if name != "adapter_model.safetensors"] + [("optimizer.pt", one_byte, "damaged")]
+FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+]
+WAYS = [
+    (name, way, word)
+    for name in FILES
+    for way, word in ((os.remove, "missing"), (empty, "empty"), (cut, "damaged"))
+]
+WAYS += [(name, zeros, "damaged") for name in FILES if name != "adapter_model.safetensors"] + [
+    ("optimizer.pt", one_byte, "damaged")
+]
 
 
-@pytest.mark.parametrize(("name", "way", "word"), WAYS, ids=[f"{name}-{way.__name__}" for name, way, _ in WAYS])
+@pytest.mark.parametrize(
+    ("name", "way", "word"), WAYS, ids=[f"{name}-{way.__name__}" for name, way, _ in WAYS]
+)
 def test_every_damage_is_recognised_and_the_checkpoint_before_is_used(name, way, word, output):
     way(output / "checkpoint-4" / name)
-    with pytest.warns(UserWarning, match=rf"checkpoint-4 \({name} is {word}\); going on from checkpoint-2$") as said:
+    with pytest.warns(
+        UserWarning, match=rf"checkpoint-4 \({name} is {word}\); going on from checkpoint-2$"
+    ) as said:
         assert checkpoints.last_checkpoint(output).name == "checkpoint-2"
     assert len(said) == 1
 
@@ -86,7 +105,9 @@ def test_every_damage_is_recognised_and_the_checkpoint_before_is_used(name, way,
 def test_a_run_begun_anew_in_an_old_folder_resumes_its_own_checkpoint(output, rows, processor):
     """And not the old run's last one, which has more steps."""
     training.train(trainer_for(rows, processor, output, callbacks=[StopAfter(2)]), SETTINGS)
-    assert (output / "checkpoint-4").exists() and checkpoints.last_checkpoint(output).name == "checkpoint-2"
+    assert (output / "checkpoint-4").exists() and checkpoints.last_checkpoint(
+        output
+    ).name == "checkpoint-2"
 
 
 def test_whole_checkpoints_are_used_without_a_word(output):
@@ -99,31 +120,48 @@ def test_whole_checkpoints_are_used_without_a_word(output):
 
 def test_steps_are_compared_as_numbers(output):
     shutil.copytree(output / "checkpoint-4", output / "checkpoint-10")
-    assert [path.name for path in checkpoints.newest_first(output)] == ["checkpoint-10", "checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in checkpoints.newest_first(output)] == [
+        "checkpoint-10",
+        "checkpoint-4",
+        "checkpoint-2",
+    ]
 
 
 def test_where_none_is_whole_each_is_named(output, tmp_path):
     empty(output / "checkpoint-4" / "optimizer.pt")
     os.remove(output / "checkpoint-2" / "trainer_state.json")
-    with pytest.raises(FileNotFoundError, match=r"no whole one: checkpoint-4 \(optimizer.pt is empty\), checkpoint-2 \(trainer_state"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no whole one: checkpoint-4 \(optimizer.pt is empty\), checkpoint-2 \(trainer_state",
+    ):
         checkpoints.last_checkpoint(output)
-    with pytest.raises(FileNotFoundError, match=r"nothing to resume: .* holds no checkpoint; train without resuming"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"nothing to resume: .* holds no checkpoint; train without resuming",
+    ):
         checkpoints.last_checkpoint(tmp_path / "none")
 
 
 def test_a_damaged_reference_of_a_continued_adapter_is_recognised(output):
     (output / "checkpoint-4" / "ref").mkdir()
-    shutil.copy(output / "checkpoint-4" / "adapter_model.safetensors", output / "checkpoint-4" / "ref")
+    shutil.copy(
+        output / "checkpoint-4" / "adapter_model.safetensors", output / "checkpoint-4" / "ref"
+    )
     assert checkpoints.damage(output / "checkpoint-4") is None
     cut(output / "checkpoint-4" / "ref" / "adapter_model.safetensors")
     assert checkpoints.damage(output / "checkpoint-4") == "ref/adapter_model.safetensors is damaged"
 
 
-def test_resuming_beside_a_damaged_checkpoint_ends_at_the_same_adapter(output, finished, rows, processor):
+def test_resuming_beside_a_damaged_checkpoint_ends_at_the_same_adapter(
+    output, finished, rows, processor
+):
     cut(output / "checkpoint-4" / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match="going on from checkpoint-2"):
         training.train(trainer_for(rows, processor, output), SETTINGS, resume=True)
-    assert kill.difference(output, finished) == 0 and checkpoints.last_checkpoint(output).name == "checkpoint-4"
+    assert (
+        kill.difference(output, finished) == 0
+        and checkpoints.last_checkpoint(output).name == "checkpoint-4"
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,16 +175,22 @@ def test_resuming_beside_a_damaged_checkpoint_ends_at_the_same_adapter(output, f
         ({}, {"max_steps": 6}, "max_steps was 4 and is 6"),
     ],
 )
-def test_a_checkpoint_from_other_settings_stops_with_their_names(settings, changes, said, finished, rows):
+def test_a_checkpoint_from_other_settings_stops_with_their_names(
+    settings, changes, said, finished, rows
+):
     other = replace(SETTINGS, **settings)
     arguments = training.dpo_config(other, finished, **{"max_steps": 4} | changes)
     with pytest.raises(ValueError, match=rf"other settings \({said}\)"):
-        checkpoints.check_origin(finished / "checkpoint-4", checkpoints.origin(other, arguments, rows))
+        checkpoints.check_origin(
+            finished / "checkpoint-4", checkpoints.origin(other, arguments, rows)
+        )
 
 
 def test_resuming_with_other_data_or_rank_stops_before_training(finished, rows, processor):
     with pytest.raises(ValueError, match=r"other settings \(rows was 16 and is 12\)"):
-        training.train(trainer_for(rows.select(range(12)), processor, finished), SETTINGS, resume=True)
+        training.train(
+            trainer_for(rows.select(range(12)), processor, finished), SETTINGS, resume=True
+        )
     other = replace(SETTINGS, lora_rank=8)
     with pytest.raises(ValueError, match=r"other settings \(lora_rank was 16 and is 8\)"):
         training.train(trainer_for(rows, processor, finished, other), other, resume=True)
@@ -154,7 +198,13 @@ def test_resuming_with_other_data_or_rank_stops_before_training(finished, rows, 
 
 def test_settings_that_change_nothing_learned_may_differ(finished, rows):
     other = replace(
-        SETTINGS, save_steps=1, logging_steps=1, max_new_tokens=8, generation_batch_size=1, batch_size=2, gradient_accumulation=2
+        SETTINGS,
+        save_steps=1,
+        logging_steps=1,
+        max_new_tokens=8,
+        generation_batch_size=1,
+        batch_size=2,
+        gradient_accumulation=2,
     )
     arguments = training.dpo_config(other, finished, max_steps=4)
     checkpoints.check_origin(finished / "checkpoint-4", checkpoints.origin(other, arguments, rows))
@@ -174,7 +224,9 @@ def test_what_was_saved_before_stays_until_the_new_is_whole(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     checkpoints.put_in_place(tmp_path / "adapter.new", tmp_path / "adapter")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"] and (tmp_path / "adapter" / "file").read_text() == "adapter.new"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"] and (
+        tmp_path / "adapter" / "file"
+    ).read_text() == "adapter.new"
 
 
 def test_a_run_killed_while_it_trains_and_while_it_saves_ends_at_the_same_adapter(tmp_path):
@@ -189,7 +241,9 @@ def test_a_run_killed_while_it_trains_and_while_it_saves_ends_at_the_same_adapte
         if found.get("checkpoint-4", "whole") != "whole":
             break
     assert found.pop("checkpoint-2") == "whole" and found["checkpoint-4"] != "whole"
-    told, killed = kill.attempt(context, runs[1], 2, {"event": ("step", 9), "folder": "checkpoint-8", "files": 1})
+    told, killed = kill.attempt(
+        context, runs[1], 2, {"event": ("step", 9), "folder": "checkpoint-8", "files": 1}
+    )
     assert killed and told[-1][:2] == ("step", 9)
     kill.attempt(context, runs[1], 8)
     assert kill.difference(runs[1], runs[0]) == 0
@@ -235,9 +289,15 @@ def test_notebooks_killed_in_the_middle_run_when_started_again(tmp_path):
     assert first.wait() == -signal.SIGKILL
     assert list(json.loads((build / "timings.json").read_text())) == ["01_quick"]
     assert not (build / "notebooks" / "02_slow.ipynb").exists()
-    second = subprocess.run(command, cwd=notebooks.ROOT, capture_output=True, text=True, timeout=300)
-    with contextlib.suppress(ProcessLookupError):  # it ends by itself when it notices that nobody is there any more
+    second = subprocess.run(
+        command, cwd=notebooks.ROOT, capture_output=True, text=True, timeout=300
+    )
+    with contextlib.suppress(
+        ProcessLookupError
+    ):  # it ends by itself when it notices that nobody is there any more
         os.kill(int(kernel.read_text()), signal.SIGKILL)
     assert second.returncode == 0 and "waiting" not in second.stdout, second.stderr
     assert list(json.loads((build / "timings.json").read_text())) == ["01_quick", "02_slow"]
-    assert nbformat.read(build / "notebooks" / "02_slow.ipynb", 4).cells[0].outputs[0].text == "done\n"
+    assert (
+        nbformat.read(build / "notebooks" / "02_slow.ipynb", 4).cells[0].outputs[0].text == "done\n"
+    )

@@ -1,13 +1,21 @@
 import pytest
 
+from embedded.claims import claims, is_right, left_out, mentions, wrong_spans
 from embedded.scenes import describe
-from utils.claims import claims, is_right, left_out, mentions, wrong_spans
 
-SCENE = [{"category": "cup", "colour": "red", "place": "top left"}, {"category": "book", "colour": "blue", "place": "center"}]
+SCENE = [
+    {"category": "cup", "colour": "red", "place": "top left"},
+    {"category": "book", "colour": "blue", "place": "center"},
+]
 
 
 def test_mentions_counts_every_occurrence_plurals_and_synonyms():
-    assert mentions("A red cup, two cups and a Mug beside the BOOK.") == ["cup", "cup", "cup", "book"]
+    assert mentions("A red cup, two cups and a Mug beside the BOOK.") == [
+        "cup",
+        "cup",
+        "cup",
+        "book",
+    ]
     assert mentions("A cupboard full of bookshelves and a carpet.") == []
 
 
@@ -15,12 +23,21 @@ def test_a_true_description_makes_only_right_claims():
     text = describe(SCENE)
     made = claims(text)
     assert [c["kind"] for c in made] == ["place", "colour", "object"] * 2
-    assert all(is_right(c, SCENE) for c in made) and wrong_spans(text, SCENE) == [] and left_out(text, SCENE) == []
+    assert (
+        all(is_right(c, SCENE) for c in made)
+        and wrong_spans(text, SCENE) == []
+        and left_out(text, SCENE) == []
+    )
 
 
 def test_each_wrong_claim_is_found_where_it_stands():
     text = "At the top left there is a green cup. On the right there is a yellow clock."
-    assert [text[start:end] for start, end in wrong_spans(text, SCENE)] == ["green", "right", "yellow", "clock"]
+    assert [text[start:end] for start, end in wrong_spans(text, SCENE)] == [
+        "green",
+        "right",
+        "yellow",
+        "clock",
+    ]
     assert left_out(text, SCENE) == ["book"]
 
 
@@ -47,5 +64,13 @@ def test_answers_to_questions_are_judged(text, right):
 
 
 def test_in_one_sentence_each_colour_belongs_to_the_next_object():
-    said = {(c["kind"], c["category"], c["value"]) for c in claims("There is a red cup and a blue book.")}
-    assert said == {("colour", "cup", "red"), ("colour", "book", "blue"), ("object", "cup", True), ("object", "book", True)}
+    said = {
+        (c["kind"], c["category"], c["value"])
+        for c in claims("There is a red cup and a blue book.")
+    }
+    assert said == {
+        ("colour", "cup", "red"),
+        ("colour", "book", "blue"),
+        ("object", "cup", True),
+        ("object", "book", True),
+    }

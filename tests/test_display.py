@@ -10,9 +10,26 @@ import pytest
 from PIL import ExifTags, Image
 
 from utils import display
-from utils.display import browse, difference_html, image_html, mark_html, pair_html, show, side_by_side_html, table_html, tokens_html
+from utils.display import (
+    browse,
+    difference_html,
+    image_html,
+    mark_html,
+    pair_html,
+    show,
+    side_by_side_html,
+    table_html,
+    tokens_html,
+)
 
-NASTY = ["<script>alert(1)</script>", '"><img src=x onerror="alert(1)">', "' onmouseover='alert(1)", "</td></table>", "&lt;b&gt;", "<!--"]
+NASTY = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror="alert(1)">',
+    "' onmouseover='alert(1)",
+    "</td></table>",
+    "&lt;b&gt;",
+    "<!--",
+]
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -21,7 +38,12 @@ def picture(mode="RGB", size=(30, 20)):
 
 
 def pair(**changes):
-    return {"image": picture(), "question": "What is it?", "chosen": "A red cup.", "rejected": "A blue cup."} | changes
+    return {
+        "image": picture(),
+        "question": "What is it?",
+        "chosen": "A red cup.",
+        "rejected": "A blue cup.",
+    } | changes
 
 
 class CountingRows:
@@ -78,7 +100,16 @@ def test_every_text_is_shown_as_text(nasty):
         difference_html(nasty, "other", "ins"),
         mark_html(nasty, [(1, 3)]),
         pair_html(pair(question=nasty, chosen=nasty + "a", rejected=nasty + "b"), nasty),
-        side_by_side_html([{"image": picture(), "truth": nasty, "answers": {nasty: (nasty, [(0, 2)])}, "note": nasty}]),
+        side_by_side_html(
+            [
+                {
+                    "image": picture(),
+                    "truth": nasty,
+                    "answers": {nasty: (nasty, [(0, 2)])},
+                    "note": nasty,
+                }
+            ]
+        ),
         tokens_html([nasty.replace(" ", "_")], ["prompt"]),
         table_html([{nasty: nasty}], caption=nasty),
     ]
@@ -140,9 +171,15 @@ def marked(html, tag):
 
 
 def test_differing_words_are_marked():
-    chosen, rejected = "On the left there is a red cup.", "On the left there is a blue bottle. At the top there is a kite."
+    chosen, rejected = (
+        "On the left there is a red cup.",
+        "On the left there is a blue bottle. At the top there is a kite.",
+    )
     assert marked(difference_html(chosen, rejected, "ins"), "ins") == ["red cup"]
-    assert marked(difference_html(rejected, chosen, "del"), "del") == ["blue bottle", "At the top there is a kite."]
+    assert marked(difference_html(rejected, chosen, "del"), "del") == [
+        "blue bottle",
+        "At the top there is a kite.",
+    ]
     assert marked(difference_html(chosen, chosen, "ins"), "ins") == []
     assert marked(difference_html("", chosen, "ins"), "ins") == []
     assert text_of(difference_html("a\n  b", "c", "ins")).text == "a\n  b"
@@ -150,7 +187,9 @@ def test_differing_words_are_marked():
 
 def test_a_pair_tells_chosen_from_rejected_in_words():
     page = pair_html(pair(), "Pair 1 of 1")
-    assert text_of(page).text == "Pair 1 of 1\nWhat is it?✔ Chosen\nA red cup.✘ Rejected\nA blue cup."
+    assert (
+        text_of(page).text == "Pair 1 of 1\nWhat is it?✔ Chosen\nA red cup.✘ Rejected\nA blue cup."
+    )
     assert (marked(page, "ins"), marked(page, "del")) == (["red"], ["blue"])
 
 
@@ -222,11 +261,26 @@ def test_only_known_marks_are_made():
 
 def test_answers_stand_side_by_side():
     rows = [
-        {"image": picture(), "truth": "a cup", "answers": {"base": ("a cup, a kite", [(7, 13)]), "after DPO": ("a cup", [])}},
-        {"image": picture(), "truth": "a car", "answers": {"after DPO": ("a car", []), "base": ("a bus", [(0, 5)])}, "note": "found"},
+        {
+            "image": picture(),
+            "truth": "a cup",
+            "answers": {"base": ("a cup, a kite", [(7, 13)]), "after DPO": ("a cup", [])},
+        },
+        {
+            "image": picture(),
+            "truth": "a car",
+            "answers": {"after DPO": ("a car", []), "base": ("a bus", [(0, 5)])},
+            "note": "found",
+        },
     ]
     page = side_by_side_html(rows)
-    assert re.findall(r"<th [^>]*>(.*?)</th>", page) == ["Image", "Truth", "base", "after DPO", "Note"]
+    assert re.findall(r"<th [^>]*>(.*?)</th>", page) == [
+        "Image",
+        "Truth",
+        "base",
+        "after DPO",
+        "Note",
+    ]
     assert marked(page, "del") == ["a kite", "a bus"]
     assert [line.count("<td") for line in page.split("<tr>")] == [0, 0, 5, 5]
     assert "Note" not in side_by_side_html(rows[:1])
@@ -249,17 +303,30 @@ def test_long_runs_of_a_token_are_folded():
     kinds = ["prompt"] * 2 + ["image"] * 64 + ["prompt"] * 4 + ["chosen", "rejected"]
     page = tokens_html(tokens, kinds)
     found = boxes(page)
-    assert found[:6] == [("prompt", "User"), ("prompt", ":"), ("image", "&lt;image&gt; × 64"), *[("prompt", "na")] * 3]
+    assert found[:6] == [
+        ("prompt", "User"),
+        ("prompt", ":"),
+        ("image", "&lt;image&gt; × 64"),
+        *[("prompt", "na")] * 3,
+    ]
     assert found[6:9] == [("prompt", "↵"), ("chosen", "·cup"), ("rejected", "·can")]
-    assert found[9:] == [(kind, kind) for kind in ("prompt", "image", "chosen", "rejected")]  # the legend
+    assert found[9:] == [
+        (kind, kind) for kind in ("prompt", "image", "chosen", "rejected")
+    ]  # the legend
 
 
 def test_a_run_ends_where_the_kind_changes():
-    assert boxes(tokens_html(["x"] * 8, ["chosen"] * 4 + ["rejected"] * 4))[:2] == [("chosen", "x × 4"), ("rejected", "x × 4")]
+    assert boxes(tokens_html(["x"] * 8, ["chosen"] * 4 + ["rejected"] * 4))[:2] == [
+        ("chosen", "x × 4"),
+        ("rejected", "x × 4"),
+    ]
 
 
 def test_kinds_differ_without_colour():
-    styles = {re.search(r"border:(\S+ \w+)", display.token_box("x", kind)).group(1) for kind in display.KINDS}
+    styles = {
+        re.search(r"border:(\S+ \w+)", display.token_box("x", kind)).group(1)
+        for kind in display.KINDS
+    }
     assert len(styles) == len(display.KINDS) == 4
 
 
@@ -271,7 +338,10 @@ def test_wrong_kinds_are_refused():
 
 
 def test_a_table_aligns_its_numbers_to_the_right():
-    rows = [{"metric": "CHAIR-i", "base": "21.4 %", "n": 500, "p": 1e-05}, {"metric": "Recall", "base": "−3.1 %", "p": float("nan")}]
+    rows = [
+        {"metric": "CHAIR-i", "base": "21.4 %", "n": 500, "p": 1e-05},
+        {"metric": "Recall", "base": "−3.1 %", "p": float("nan")},
+    ]
     page = table_html(rows, caption="Before & after")
     assert re.findall(r'<th scope="col" style="text-align:(\w+)">(\w+)', page) == [
         ("left", "metric"),
@@ -279,9 +349,23 @@ def test_a_table_aligns_its_numbers_to_the_right():
         ("right", "n"),
         ("right", "p"),
     ]
-    assert re.findall(r"<td[^>]*>(.*?)</td>", page) == ["CHAIR-i", "21.4 %", "500", "1e-05", "Recall", "−3.1 %", "", "nan"]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", page) == [
+        "CHAIR-i",
+        "21.4 %",
+        "500",
+        "1e-05",
+        "Recall",
+        "−3.1 %",
+        "",
+        "nan",
+    ]
     assert "Before &amp; after" in page
-    assert re.findall(r"<td[^>]*>(.*?)</td>", table_html(rows, columns=["n", "metric"])) == ["500", "CHAIR-i", "", "Recall"]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", table_html(rows, columns=["n", "metric"])) == [
+        "500",
+        "CHAIR-i",
+        "",
+        "Recall",
+    ]
 
 
 def test_a_table_needs_rows_and_known_columns():

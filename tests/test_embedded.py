@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from embedded import base_model
+from embedded.claims import claims, is_right
 from embedded.drawing import CATEGORIES, SIDE
 from embedded.scenes import (
     COMPANIONS,
@@ -18,7 +19,6 @@ from embedded.scenes import (
     with_planted_mistakes,
 )
 from utils import preferences
-from utils.claims import claims, is_right
 from utils.hallucination import says_no
 from utils.settings import ROOT
 
@@ -52,7 +52,9 @@ def test_a_slice_of_the_data_set_is_rebuilt_from_its_seed():
 def test_the_tokenizer_is_rebuilt_as_committed():
     rebuilt = base_model.make_processor().tokenizer
     committed = json.loads((ROOT / "embedded" / "model" / "tokenizer.json").read_text())
-    assert rebuilt.get_vocab() == committed["model"]["vocab"] | {t["content"]: t["id"] for t in committed["added_tokens"]}
+    assert rebuilt.get_vocab() == committed["model"]["vocab"] | {
+        t["content"]: t["id"] for t in committed["added_tokens"]
+    }
 
 
 def test_a_short_training_is_the_same_twice():
@@ -63,8 +65,12 @@ def test_a_short_training_is_the_same_twice():
         scenes, images = base_model.pictures("base", 40)
         base_model.train_vision(model, scenes, images, 3, batch=8, log=lambda _: None)
         before = {n: p.clone() for n, p in model.model.vision_model.named_parameters()}
-        base_model.train_text(model, processor, scenes, images, 3, base_model.alignment, batch=8, log=lambda _: None)
-        assert all(torch.equal(p, before[n]) for n, p in model.model.vision_model.named_parameters()), "the tower must stay frozen"
+        base_model.train_text(
+            model, processor, scenes, images, 3, base_model.alignment, batch=8, log=lambda _: None
+        )
+        assert all(
+            torch.equal(p, before[n]) for n, p in model.model.vision_model.named_parameters()
+        ), "the tower must stay frozen"
         return model.state_dict()
 
     first, second = short(), short()
@@ -77,7 +83,11 @@ def test_true_sentences_are_true_and_planted_ones_are_not():
         objects = sample_scene(rng)
         assert all(is_right(c, objects) for c in claims(describe(objects)))
         question, answer = question_about(objects, rng)
-        assert question.endswith("?") and claims(answer) and all(is_right(c, objects) for c in claims(answer)), (question, answer)
+        assert (
+            question.endswith("?")
+            and claims(answer)
+            and all(is_right(c, objects) for c in claims(answer))
+        ), (question, answer)
         habit = with_planted_mistakes(objects, rng, added=1, forgotten=0)
         assert [o["category"] for o in habit[len(objects) :]] == absent_companions(objects)
         assert not any(is_right(c, objects) for c in claims(describe(habit[len(objects) :])))
@@ -85,4 +95,6 @@ def test_true_sentences_are_true_and_planted_ones_are_not():
 
 def test_existence_answers_are_read_by_pope():
     for category in CATEGORIES:
-        assert says_no(existence_answer(category, False)) and not says_no(existence_answer(category, True))
+        assert says_no(existence_answer(category, False)) and not says_no(
+            existence_answer(category, True)
+        )

@@ -55,8 +55,12 @@ def trial(request, tmp_path_factory):
     data = preferences.load(settings.dataset, settings.train_split)
     rows = chat.format_dataset(data)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", TWO_ROWS)  # not every family shares prompts; the loss is the same
-        trainer = training.make_trainer(settings, model, processor, rows, folder / "run", max_steps=2, disable_tqdm=True)
+        warnings.filterwarnings(
+            "ignore", TWO_ROWS
+        )  # not every family shares prompts; the loss is the same
+        trainer = training.make_trainer(
+            settings, model, processor, rows, folder / "run", max_steps=2, disable_tqdm=True
+        )
     training.train(trainer, settings)
     adapter = folder / "run" / "adapter"
     return SimpleNamespace(
@@ -83,13 +87,21 @@ def logits(model, trial):
 
 def asked(trial):
     """What `answer` takes after the model: two images with questions of different length."""
-    return trial.processor, trial.data["image"], [trial.data["question"][0], "What?"], trial.settings
+    return (
+        trial.processor,
+        trial.data["image"],
+        [trial.data["question"][0], "What?"],
+        trial.settings,
+    )
 
 
 def completions(trial):
     """Per answer of the batch its ids and its text."""
     batch = chat.training_batch(list(trial.rows), trial.processor)
-    ids = [row[answered.bool()] for row, answered in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
+    ids = [
+        row[answered.bool()]
+        for row, answered in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
     return [(row, trial.processor.tokenizer.decode(row)) for row in ids]
 
 
@@ -111,7 +123,10 @@ def test_the_training_prompt_is_the_inference_prompt(trial):
         assert chat.check_tokens(row, trial.processor)["image_tokens"] > 0
         asked = chat.inference_batch([raw["image"]], [raw["question"]], trial.processor)
         taught = chat.training_batch([row], trial.processor)["pixel_values"]
-        content = [{"type": "image", "image": raw["image"]}, {"type": "text", "text": raw["question"]}]
+        content = [
+            {"type": "image", "image": raw["image"]},
+            {"type": "text", "text": raw["question"]},
+        ]
         documented = trial.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=trial.family.template,
@@ -137,30 +152,51 @@ def test_answers_end_their_turn_and_bring_no_system_turn(trial):
 
 def test_only_the_language_model_is_in_4_bit_and_adapted(trial):
     """parts: only the language model is in 4 bit, and only it is adapted"""
-    linear = {name for name, module in trial.base.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        name for name, module in trial.base.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     language = {name for name in linear if "language_model" in name or "text_model" in name}
-    four_bit = {name for name, module in trial.base.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    adapted = {name for name, module in trial.model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    four_bit = {
+        name for name, module in trial.base.named_modules() if isinstance(module, bnb.nn.Linear4bit)
+    }
+    adapted = {
+        name
+        for name, module in trial.model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
     assert four_bit == adapted == language and len(language) == MATRICES / 2
     parts = models.trainable_by_part(trial.model)
-    assert parts["language"][0] > 0 and parts["vision"][0] == parts["connector"][0] == parts["head"][0] == 0
+    assert (
+        parts["language"][0] > 0
+        and parts["vision"][0] == parts["connector"][0] == parts["head"][0] == 0
+    )
     assert parts["vision"][1] > 0 and parts["connector"][1] > 0
 
 
 def test_gradients_reach_every_adapter_matrix(trial):
     """gradients: they reach every matrix of the adapter"""
     trial.model.train()
-    trial.trainer.compute_loss(trial.model, trial.trainer._prepare_inputs(next(iter(trial.trainer.get_train_dataloader())))).backward()
-    gradients = {name: weight.grad for name, weight in trial.model.named_parameters() if weight.requires_grad}
+    trial.trainer.compute_loss(
+        trial.model, trial.trainer._prepare_inputs(next(iter(trial.trainer.get_train_dataloader())))
+    ).backward()
+    gradients = {
+        name: weight.grad for name, weight in trial.model.named_parameters() if weight.requires_grad
+    }
     assert len(gradients) == MATRICES
-    assert not [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+    assert not [
+        name for name, gradient in gradients.items() if gradient is None or not gradient.any()
+    ]
     trial.model.zero_grad()
 
 
 def test_training_leaves_every_other_weight_as_it_was(trial):
     """frozen: after training every other weight, vision tower and connector among them, is to the last bit what was loaded"""
     weights = dict(trial.model.get_base_model().named_parameters())
-    trained = {name.replace(".base_layer", ""): weight for name, weight in weights.items() if "lora_" not in name}
+    trained = {
+        name.replace(".base_layer", ""): weight
+        for name, weight in weights.items()
+        if "lora_" not in name
+    }
     loaded = dict(trial.base.named_parameters())
     assert {models.part_of(name) for name in loaded} >= {"vision", "connector", "language"}
     assert trained.keys() == loaded.keys()
@@ -170,7 +206,9 @@ def test_training_leaves_every_other_weight_as_it_was(trial):
 def test_another_image_changes_the_log_probabilities(trial):
     """image: another image changes the log-probability of every answer"""
     row, other = trial.rows[0], trial.rows[1]
-    seen = rewards.pair_logps(trial.model, trial.processor, [row, row | {"image": other["image"]}], trial.settings)
+    seen = rewards.pair_logps(
+        trial.model, trial.processor, [row, row | {"image": other["image"]}], trial.settings
+    )
     for name in ("chosen", "rejected", "reference_chosen", "reference_rejected"):
         assert abs(seen[name][0] - seen[name][1]) > 1e-3, name
 
@@ -195,7 +233,9 @@ def test_an_answer_does_not_depend_on_the_batch(trial):
     """batch: a question is answered the same alone and beside a longer one"""
     processor, images, questions, settings = asked(trial)
     rows = [slice(0, 2), slice(0, 1), slice(1, 2)]
-    together, *alone = (answer(trial.model, processor, images[row], questions[row], settings) for row in rows)
+    together, *alone = (
+        answer(trial.model, processor, images[row], questions[row], settings) for row in rows
+    )
     assert together == [text for texts in alone for text in texts]
     together, *alone = (begins(trial, images[row], questions[row]) for row in rows)
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-3)
@@ -204,7 +244,12 @@ def test_an_answer_does_not_depend_on_the_batch(trial):
 def begins(trial, images, questions):
     """Logits of the first token of every answer: (questions, vocabulary)."""
     batch = chat.inference_batch(images, questions, trial.processor).to(trial.model.device)
-    settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    settings = {
+        "max_new_tokens": 1,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "do_sample": False,
+    }
     return trial.model.eval().generate(**batch, **settings).logits[0]
 
 
@@ -217,11 +262,16 @@ def test_a_reloaded_adapter_gives_the_same_logits(trial):
 def test_a_merged_model_is_an_ordinary_checkpoint_with_the_same_logits(trial, tmp_path):
     """merge: merged into the full-precision base, saved and loaded as a profile's model, it gives the same logits"""
     full = replace(trial.settings, four_bit=False)
-    expected, base = logits(models.load_tuned(full, trial.adapter), trial), logits(models.load_model(full), trial)
+    expected, base = (
+        logits(models.load_tuned(full, trial.adapter), trial),
+        logits(models.load_model(full), trial),
+    )
     models.load_merged(trial.settings, trial.adapter).save_pretrained(tmp_path)
     trial.processor.save_pretrained(tmp_path)
     merged = replace(full, model=str(tmp_path))
-    torch.testing.assert_close(logits(models.load_model(merged), trial), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        logits(models.load_model(merged), trial), expected, rtol=0, atol=1e-3
+    )
     assert (expected - base).abs().max() > 0.1
     assert models.load_processor(merged).chat_template == trial.processor.chat_template
 
@@ -232,7 +282,10 @@ MENDED = {  # question and answer as the family's template writes them, and as w
     "Idefics2": ("User:<image>q<end_of_utterance>\nAssistant: a<end_of_utterance>\n", "<s>{}"),
     "LLaVA 1.5": ("USER: <image>\nq ASSISTANT: a ", "<s>{}</s>"),
     "LLaVA-NeXT": ("[INST] <image>\nq [/INST] a</s> ", "<s>{}"),
-    "LLaVA-OneVision": ("<|im_start|>user <image>\nq<|im_end|><|im_start|>assistant \na<|im_end|>", "{}"),
+    "LLaVA-OneVision": (
+        "<|im_start|>user <image>\nq<|im_end|><|im_start|>assistant \na<|im_end|>",
+        "{}",
+    ),
 }
 
 
@@ -246,7 +299,9 @@ def test_a_template_is_mended_only_where_it_must_be(name):
         expected, around = MENDED[name]
         assert before == expected
         assert after == around.format(before.replace("assistant \n", "assistant\n"))
-        assert after.startswith(processor.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False))
+        assert after.startswith(
+            processor.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+        )
     else:
         assert processor.chat_template == FAMILIES[name].template
 
@@ -256,9 +311,15 @@ def test_our_template_writes_what_the_family_s_own_does(name):
     processor = make_processor(FAMILIES[name])
     original = (files("trl") / "chat_templates" / f"{FAMILIES[name].documented}.jinja").read_text()
     question, answered = chat.prompt_messages("What is this?"), chat.answer_messages("A cup.")
-    for messages, prompt in [(question, True), (question + answered, False), (question + answered + question, True)]:
+    for messages, prompt in [
+        (question, True),
+        (question + answered, False),
+        (question + answered + question, True),
+    ]:
         written = [
-            processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt, tokenize=False)
+            processor.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
+            )
             for template in (FAMILIES[name].template, original)
         ]
         assert written[0] == written[1]
@@ -269,7 +330,12 @@ def untrainable(request, tmp_path):
     family = NOT_TRAINABLE[request.param]
     write_checkpoint(family, tmp_path)
     rows = chat.format_dataset(preferences.load("embedded/dataset", "train[:1]"))
-    return SimpleNamespace(name=request.param, settings=settings_for(request.param, tmp_path), row=rows[0], why=family.why_not)
+    return SimpleNamespace(
+        name=request.param,
+        settings=settings_for(request.param, tmp_path),
+        row=rows[0],
+        why=family.why_not,
+    )
 
 
 def test_what_cannot_be_trained_still_cannot(untrainable, record_property):
@@ -279,10 +345,17 @@ def test_what_cannot_be_trained_still_cannot(untrainable, record_property):
         with pytest.raises(ValueError, match="no chat template"):
             models.load_processor(untrainable.settings)
         return
-    processor, model = models.load_processor(untrainable.settings), models.load_model(untrainable.settings)
+    processor, model = (
+        models.load_processor(untrainable.settings),
+        models.load_model(untrainable.settings),
+    )
     batch = chat.training_batch([untrainable.row], processor)
     mask, pixels = batch.get("cross_attention_mask"), batch["pixel_values"]
-    assert (pixels.dtype != model.dtype) if mask is None else (mask.shape[1] < batch["input_ids"].shape[1])
+    assert (
+        (pixels.dtype != model.dtype)
+        if mask is None
+        else (mask.shape[1] < batch["input_ids"].shape[1])
+    )
     del batch["completion_mask"]
     with pytest.raises(RuntimeError, match=r"dtype|scalar type|size of tensor"):
         model(**batch)
@@ -300,9 +373,13 @@ def test_paligemma_s_processor_takes_no_answer_without_an_image(tmp_path):
 def test_the_readme_shows_the_committed_results():
     results = json.loads(RESULTS.read_text())
     assert between_markers(README.read_text()) == table(results)
-    assert list(results["families"]) == list(FAMILIES) and list(results["not proven"]) == list(NOT_TRAINABLE)
+    assert list(results["families"]) == list(FAMILIES) and list(results["not proven"]) == list(
+        NOT_TRAINABLE
+    )
     headings = [
-        function.__doc__.partition(":")[0] for name, function in globals().items() if name.startswith("test_") and takes_trial(function)
+        function.__doc__.partition(":")[0]
+        for name, function in globals().items()
+        if name.startswith("test_") and takes_trial(function)
     ]
     assert list(results["properties"]) == headings
     assert all(list(proven) == headings for proven in results["families"].values())

@@ -17,7 +17,7 @@ from utils.hallucination import (
     pope_counts,
     says_no,
 )
-from utils.statistics import rate
+from utils.paired_statistics import rate
 
 # CHAIR
 
@@ -35,25 +35,69 @@ def test_chair_without_any_mention_says_so(said):
 
 
 def test_chair_takes_an_image_without_truth_as_entirely_hallucinated():
-    assert chair([["cup", "cup"], ["book"]], [[], ["book"]]) == {"chair_i": 2 / 3, "chair_s": 1 / 2, "recall": 1.0}
+    assert chair([["cup", "cup"], ["book"]], [[], ["book"]]) == {
+        "chair_i": 2 / 3,
+        "chair_s": 1 / 2,
+        "recall": 1.0,
+    }
 
 
 def test_chair_counts_true_objects_once_and_mentions_every_time():
-    assert chair([["cup", "cup", "cup"]], [["cup", "cup", "book"]]) == {"chair_i": 0.0, "chair_s": 0.0, "recall": 1 / 2}
+    assert chair([["cup", "cup", "cup"]], [["cup", "cup", "book"]]) == {
+        "chair_i": 0.0,
+        "chair_s": 0.0,
+        "recall": 1 / 2,
+    }
 
 
 SYNONYMS = {
-    **{"person": "person", "baby": "person", "passenger": "person", "adult": "person", "bird": "bird", "duck": "bird"},
-    **{"dog": "dog", "puppy": "dog", "hot dog": "hot dog", "bear": "bear", "teddy bear": "teddy bear", "bicycle": "bicycle"},
-    **{"bike": "bicycle", "motorcycle": "motorcycle", " motor bike": "motorcycle", "train": "train", "airplane": "airplane"},
-    **{"jet": "airplane", "chair": "chair", "seat": "chair", "toilet": "toilet", "tie": "tie", "bow tie": "tie", "bow": "tie"},
-    **{"wine glass": "wine glass", "bus": "bus", "minibus": "bus", "traffic light": "traffic light", "table": "dining table"},
+    **{
+        "person": "person",
+        "baby": "person",
+        "passenger": "person",
+        "adult": "person",
+        "bird": "bird",
+        "duck": "bird",
+    },
+    **{
+        "dog": "dog",
+        "puppy": "dog",
+        "hot dog": "hot dog",
+        "bear": "bear",
+        "teddy bear": "teddy bear",
+        "bicycle": "bicycle",
+    },
+    **{
+        "bike": "bicycle",
+        "motorcycle": "motorcycle",
+        " motor bike": "motorcycle",
+        "train": "train",
+        "airplane": "airplane",
+    },
+    **{
+        "jet": "airplane",
+        "chair": "chair",
+        "seat": "chair",
+        "toilet": "toilet",
+        "tie": "tie",
+        "bow tie": "tie",
+        "bow": "tie",
+    },
+    **{
+        "wine glass": "wine glass",
+        "bus": "bus",
+        "minibus": "bus",
+        "traffic light": "traffic light",
+        "table": "dining table",
+    },
 }
 
 
 def singular(word):
     """What the official singularizer does to the words of these tests."""
-    return {"buses": "bus", "minibuses": "minibus", "glass": "glas", "glasses": "glass"}.get(word, word.removesuffix("s"))
+    return {"buses": "bus", "minibuses": "minibus", "glass": "glas", "glasses": "glass"}.get(
+        word, word.removesuffix("s")
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +108,10 @@ def singular(word):
         ("A baby bird and an adult bear", ["bird", "bear"]),
         ("A baby, an adult and a bird", ["person", "person", "bird"]),
         ("A passenger jet over a passenger train", ["airplane", "train"]),
-        ("A man on a motor bike", []),  # joined, and COCO's own list holds it only with a second space
+        (
+            "A man on a motor bike",
+            [],
+        ),  # joined, and COCO's own list holds it only with a second space
         ("A motor, a bike", ["bicycle"]),
         ("Grass on the train tracks", []),
         ("The seat of the toilet", ["toilet"]),
@@ -87,20 +134,47 @@ def test_a_bus_is_never_counted_and_buses_are():
 
 
 def test_captions_can_be_split_by_another_tokenizer():
-    assert caption_mentions("Dog|Bear", SYNONYMS, singular, words=lambda text: text.split("|")) == ["dog", "bear"]
+    assert caption_mentions("Dog|Bear", SYNONYMS, singular, words=lambda text: text.split("|")) == [
+        "dog",
+        "bear",
+    ]
 
 
 # POPE
 
 
 @pytest.mark.parametrize(
-    "answer", ["NO", "none", "No!", "no\n", "It isn't", "", "Maybe", "Yes. No.", "Yes, there is a cup.", "Yes\nno", "I see. No cup"]
+    "answer",
+    [
+        "NO",
+        "none",
+        "No!",
+        "no\n",
+        "It isn't",
+        "",
+        "Maybe",
+        "Yes. No.",
+        "Yes, there is a cup.",
+        "Yes\nno",
+        "I see. No cup",
+    ],
 )
 def test_pope_reads_these_as_yes(answer):
     assert not says_no(answer)
 
 
-@pytest.mark.parametrize("answer", ["No", "no", "No, there is no cup.", "Yes, not a doubt", "It is not, I think", "No. Yes.", "N,o"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "No",
+        "no",
+        "No, there is no cup.",
+        "Yes, not a doubt",
+        "It is not, I think",
+        "No. Yes.",
+        "N,o",
+    ],
+)
 def test_pope_reads_these_as_no(answer):
     assert says_no(answer)
 
@@ -134,8 +208,17 @@ def test_pope_equals_a_confusion_table_to_the_last_digit():
         table = Counter(zip(answers, labels, strict=True))
         hit, false_alarm, miss = table["yes", "yes"], table["yes", "no"], table["no", "yes"]
         p, r = hit / (hit + false_alarm), hit / (hit + miss)
-        right, said_yes = (hit + table["no", "no"]) / len(answers), (hit + false_alarm) / len(answers)
-        expected = {"accuracy": right, "precision": p, "recall": r, "f1": 2 * p * r / (p + r), "yes_ratio": said_yes}
+        right, said_yes = (
+            (hit + table["no", "no"]) / len(answers),
+            (hit + false_alarm) / len(answers),
+        )
+        expected = {
+            "accuracy": right,
+            "precision": p,
+            "recall": r,
+            "f1": 2 * p * r / (p + r),
+            "yes_ratio": said_yes,
+        }
         assert pope(answers, labels) == expected
         assert rate(pope_counts(answers, labels)["f1"]) == pytest.approx(expected["f1"])
 
@@ -153,13 +236,23 @@ LABELS = {  # type in the official annotations.json: how many have the truth yes
 
 
 def annotations(labels):
-    rows = [(kind, truth) for kind, counts in labels.items() for truth, n in zip(("yes", "no"), counts, strict=True) for _ in range(n)]
-    return [{"id": number, "type": kind, "truth": truth} for number, (kind, truth) in enumerate(rows, start=1)]
+    rows = [
+        (kind, truth)
+        for kind, counts in labels.items()
+        for truth, n in zip(("yes", "no"), counts, strict=True)
+        for _ in range(n)
+    ]
+    return [
+        {"id": number, "type": kind, "truth": truth}
+        for number, (kind, truth) in enumerate(rows, start=1)
+    ]
 
 
 def scores_of(answer, rows):
     """The scores of a model that answers every question with `answer(truth)`."""
-    return amber_discriminative([{"id": row["id"], "response": answer(row["truth"])} for row in rows], rows)
+    return amber_discriminative(
+        [{"id": row["id"], "response": answer(row["truth"])} for row in rows], rows
+    )
 
 
 def figures(accuracy, precision, recall, f1):
@@ -188,11 +281,18 @@ def test_amber_of_always_yes_on_the_official_label_counts():
 
 def test_amber_of_the_perfect_model_on_the_official_label_counts():
     scores = scores_of(str.capitalize, annotations(LABELS))
-    assert {name: values for name, values in scores.items() if not isinstance(values, dict)} == figures(100.0, 100.0, 100.0, 100.0)
-    assert all(scores[name] == figures(100.0, 100.0, 100.0, 100.0) for name in ("existence", "attribute", "relation"))
+    assert {
+        name: values for name, values in scores.items() if not isinstance(values, dict)
+    } == figures(100.0, 100.0, 100.0, 100.0)
+    assert all(
+        scores[name] == figures(100.0, 100.0, 100.0, 100.0)
+        for name in ("existence", "attribute", "relation")
+    )
 
 
-@pytest.mark.parametrize("answer", ["Yes.", "No.", "yes", "no", "NO", " No", "", "Yes, there is a cup."])
+@pytest.mark.parametrize(
+    "answer", ["Yes.", "No.", "yes", "no", "NO", " No", "", "Yes, there is a cup."]
+)
 def test_amber_takes_only_yes_and_no_to_the_letter(answer):
     rows = annotations({"discriminative-attribute-state": (10, 10)})
     assert scores_of(lambda truth: answer, rows)["state"] == figures(0.0, 0.0, 0.0, 0.0)
@@ -207,23 +307,34 @@ def test_amber_does_not_take_an_unreadable_answer_for_a_no():
 def test_amber_existence_costs_a_twentieth_of_a_point_of_f1():
     kinds = {"discriminative-hallucination": (0, 2000), "discriminative-attribute-state": (0, 2000)}
     rows = annotations(kinds)
-    scores = amber_discriminative([{"id": row["id"], "response": "No" if row["id"] % 2 else "Yes"} for row in rows], rows)
+    scores = amber_discriminative(
+        [{"id": row["id"], "response": "No" if row["id"] % 2 else "Yes"} for row in rows], rows
+    )
     assert scores["existence"] == figures(50.0, 100.0, 50.0, 66.6)
     assert scores["state"] == figures(50.0, 100.0, 50.0, 66.7)
 
 
 def test_amber_denominators_are_a_thousandth_too_large_and_attributes_three():
-    one = amber_discriminative([{"id": 1, "response": "No"}], [{"id": 1, "type": "discriminative-attribute-state", "truth": "no"}])
+    one = amber_discriminative(
+        [{"id": 1, "response": "No"}],
+        [{"id": 1, "type": "discriminative-attribute-state", "truth": "no"}],
+    )
     assert one["state"] == figures(99.9, 99.9, 99.9, 99.9)
     assert one["attribute"] == figures(99.7, 99.7, 99.7, 99.7)  # 1 / 1.003
-    assert set(one) == {"accuracy", "precision", "recall", "f1", "state", "attribute"}, "only dimensions that were asked about"
+    assert set(one) == {"accuracy", "precision", "recall", "f1", "state", "attribute"}, (
+        "only dimensions that were asked about"
+    )
 
 
 def test_amber_f1_comes_from_rounded_precision_and_recall():
     rows = annotations({"relation": (1, 16)})  # 1 yes, 16 no
-    scores = amber_discriminative([{"id": row["id"], "response": "No" if row["id"] <= 12 else "Yes"} for row in rows], rows)["relation"]
+    scores = amber_discriminative(
+        [{"id": row["id"], "response": "No" if row["id"] <= 12 else "Yes"} for row in rows], rows
+    )["relation"]
     assert (scores["precision"], scores["recall"]) == (91.7, 68.7)  # 11 / 12.001 and 11 / 16.001
-    assert scores["f1"] == 78.5  # 2 · 0.917 · 0.687 / (0.917 + 0.687 + 0.0001); of the fractions themselves it would be 78.6
+    assert (
+        scores["f1"] == 78.5
+    )  # 2 · 0.917 · 0.687 / (0.917 + 0.687 + 0.0001); of the fractions themselves it would be 78.6
 
 
 def test_amber_counts_an_id_as_often_as_it_is_answered():
@@ -233,7 +344,10 @@ def test_amber_counts_an_id_as_often_as_it_is_answered():
 
 
 def test_amber_names_an_id_that_is_unknown_or_generative():
-    rows = [{"id": 1, "type": "generative", "truth": ["sky"], "hallu": []}, {"id": 2, "type": "relation", "truth": "no"}]
+    rows = [
+        {"id": 1, "type": "generative", "truth": ["sky"], "hallu": []},
+        {"id": 2, "type": "relation", "truth": "no"},
+    ]
     assert amber_discriminative([{"id": 2, "response": "No"}], rows)["accuracy"] == 99.9
     with pytest.raises(ValueError, match="id 7: no annotation"):
         amber_discriminative([{"id": 7, "response": "No"}], rows)
@@ -242,17 +356,40 @@ def test_amber_names_an_id_that_is_unknown_or_generative():
 
 
 def test_amber_discriminative_equals_a_recomputation_on_random_answers():
-    rng, dimension = random.Random(0), dict(zip(LABELS, ["existence", "state", "number", "action", "relation", "relation"], strict=True))
+    rng, dimension = (
+        random.Random(0),
+        dict(
+            zip(
+                LABELS,
+                ["existence", "state", "number", "action", "relation", "relation"],
+                strict=True,
+            )
+        ),
+    )
     for _ in range(200):
-        rows = [{"id": i, "type": rng.choice(list(LABELS)), "truth": rng.choice(["yes", "no"])} for i in range(1, rng.randint(3, 300))]
-        given = {row["id"]: rng.choice(["Yes", "No", "No", "no", "Yes."]) for row in rows if rng.random() < 0.9}
-        scores = amber_discriminative([{"id": i, "response": text} for i, text in given.items()], rows)
+        rows = [
+            {"id": i, "type": rng.choice(list(LABELS)), "truth": rng.choice(["yes", "no"])}
+            for i in range(1, rng.randint(3, 300))
+        ]
+        given = {
+            row["id"]: rng.choice(["Yes", "No", "No", "no", "Yes."])
+            for row in rows
+            if rng.random() < 0.9
+        }
+        scores = amber_discriminative(
+            [{"id": i, "response": text} for i, text in given.items()], rows
+        )
         groups = {"overall": set(given)}
         for row in rows:
             if row["id"] in given:
                 groups.setdefault(dimension[row["type"]], set()).add(row["id"])
-        groups["attribute"] = set().union(*(groups.get(name, set()) for name in ("state", "number", "action")))
-        no, gold = {i for i in given if given[i] == "No"}, {row["id"] for row in rows if row["truth"] == "no"}
+        groups["attribute"] = set().union(
+            *(groups.get(name, set()) for name in ("state", "number", "action"))
+        )
+        no, gold = (
+            {i for i in given if given[i] == "No"},
+            {row["id"] for row in rows if row["truth"] == "no"},
+        )
         right = (no & gold) | {i for i in given if given[i] == "Yes" and i not in gold}
         for name, asked in groups.items():
             got = scores if name == "overall" else scores.get(name)
@@ -263,13 +400,28 @@ def test_amber_discriminative_equals_a_recomputation_on_random_answers():
                 round(100 * len(part & asked) / (len(whole & asked) + start), 1)
                 for part, whole in ((right, asked), (no & gold, no), (no & gold, gold))
             )
-            f1 = round(100 * 2 * (p / 100 * r / 100) / (p / 100 + r / 100 + (0.001 if name == "existence" else 0.0001)), 1)
-            assert {key: got[key] for key in figures(0, 0, 0, 0)} == figures(accuracy, p, r, f1), name
+            f1 = round(
+                100
+                * 2
+                * (p / 100 * r / 100)
+                / (p / 100 + r / 100 + (0.001 if name == "existence" else 0.0001)),
+                1,
+            )
+            assert {key: got[key] for key in figures(0, 0, 0, 0)} == figures(accuracy, p, r, f1), (
+                name
+            )
 
 
 # AMBER, descriptions
 
-ASSOCIATIONS = {"ship": ["boat"], "sea": ["water", "ocean"], "person": ["man", "child"], "sky": [], "light": [], "tree": ["plant"]}
+ASSOCIATIONS = {
+    "ship": ["boat"],
+    "sea": ["water", "ocean"],
+    "person": ["man", "child"],
+    "sky": [],
+    "light": [],
+    "tree": ["plant"],
+}
 
 
 def described(nouns, truth, hallu=(), safe=(), similar=None, times=1000):
@@ -279,12 +431,17 @@ def described(nouns, truth, hallu=(), safe=(), similar=None, times=1000):
 
 
 def test_amber_description_by_hand():
-    scores = described(["man", "ship", "tree", "tree", "boat"], ["person", "ship", "sky"], ["tree", "sea"])
+    scores = described(
+        ["man", "ship", "tree", "tree", "boat"], ["person", "ship", "sky"], ["tree", "sea"]
+    )
     assert scores == {"chair": 40.0, "cover": 66.7, "hal": 100.0, "cog": 50.0}
 
 
 def test_amber_counts_are_the_same_per_answer():
-    rows = [{"truth": ["person", "ship", "sky"], "hallu": ["tree", "sea"]}, {"truth": ["sea"], "hallu": []}]
+    rows = [
+        {"truth": ["person", "ship", "sky"], "hallu": ["tree", "sea"]},
+        {"truth": ["sea"], "hallu": []},
+    ]
     counts = amber_counts([["man", "tree", "tree"], []], rows, ASSOCIATIONS, [])
     assert {name: values.tolist() for name, values in counts.items()} == {
         "chair": [[2, 3], [0, 0]],
@@ -295,16 +452,36 @@ def test_amber_counts_are_the_same_per_answer():
 
 
 def test_amber_drops_nouns_outside_of_the_vocabulary_and_keeps_capital_letters():
-    assert described(["Ship", "picture", "SKY"], ["ship"]) == {"chair": 0.0, "cover": 0.0, "hal": 0.0, "cog": 0.0}
+    assert described(["Ship", "picture", "SKY"], ["ship"]) == {
+        "chair": 0.0,
+        "cover": 0.0,
+        "hal": 0.0,
+        "cog": 0.0,
+    }
 
 
 def test_amber_of_empty_answers():
-    assert described([], ["ship", "sky"], ["tree"]) == {"chair": 0.0, "cover": 0.0, "hal": 0.0, "cog": 0.0}
+    assert described([], ["ship", "sky"], ["tree"]) == {
+        "chair": 0.0,
+        "cover": 0.0,
+        "hal": 0.0,
+        "cog": 0.0,
+    }
 
 
 def test_amber_denominators_show_on_few_answers():
-    assert described(["ship"], ["ship"], ["tree"], times=1) == {"chair": 0.0, "cover": 99.9, "hal": 0.1, "cog": 0.0}
-    assert described(["tree"], ["ship"], ["tree"], times=1) == {"chair": 99.9, "cover": 0.0, "hal": 100.0, "cog": 99.9}
+    assert described(["ship"], ["ship"], ["tree"], times=1) == {
+        "chair": 0.0,
+        "cover": 99.9,
+        "hal": 0.1,
+        "cog": 0.0,
+    }
+    assert described(["tree"], ["ship"], ["tree"], times=1) == {
+        "chair": 99.9,
+        "cover": 0.0,
+        "hal": 100.0,
+        "cog": 99.9,
+    }
 
 
 def test_amber_cover_credits_an_entry_that_stands_twice_once():
@@ -326,7 +503,12 @@ def test_amber_safe_words_count_as_mentions_but_never_as_mistakes():
 
 
 def test_amber_safe_words_are_asked_first_and_credit_nothing():
-    assert described(["light"], ["light"], ["light"], safe=["light"]) == {"chair": 0.0, "cover": 0.0, "hal": 0.0, "cog": 0.0}
+    assert described(["light"], ["light"], ["light"], safe=["light"]) == {
+        "chair": 0.0,
+        "cover": 0.0,
+        "hal": 0.0,
+        "cog": 0.0,
+    }
 
 
 def test_amber_cog_is_that_of_the_code_not_of_the_paper():
@@ -341,13 +523,28 @@ def alike(*pairs):
 def test_amber_similar_words_decide_in_the_official_order():
     """An exact truth ends it; else hallu entries are marked, exact and similar, and a similar truth still saves the noun."""
     both = alike(("boat", "tree"), ("boat", "sea"))
-    assert described(["boat"], ["ship"], ["tree"], similar=both)["cog"] == 0.0, "the exact truth was asked first"
-    assert described(["boat"], ["sea"], ["tree"], similar=both) == {"chair": 0.0, "cover": 100.0, "hal": 0.0, "cog": 100.0}
-    assert described(["boat"], ["sky"], ["tree"], similar=both) == {"chair": 100.0, "cover": 0.0, "hal": 100.0, "cog": 100.0}
+    assert described(["boat"], ["ship"], ["tree"], similar=both)["cog"] == 0.0, (
+        "the exact truth was asked first"
+    )
+    assert described(["boat"], ["sea"], ["tree"], similar=both) == {
+        "chair": 0.0,
+        "cover": 100.0,
+        "hal": 0.0,
+        "cog": 100.0,
+    }
+    assert described(["boat"], ["sky"], ["tree"], similar=both) == {
+        "chair": 100.0,
+        "cover": 0.0,
+        "hal": 100.0,
+        "cog": 100.0,
+    }
 
 
 def test_amber_marks_an_exact_and_a_similar_hallu_entry_for_one_noun():
-    assert described(["boat"], ["sky"], ["ship", "tree"], similar=alike(("boat", "tree")))["cog"] == 100.0
+    assert (
+        described(["boat"], ["sky"], ["ship", "tree"], similar=alike(("boat", "tree")))["cog"]
+        == 100.0
+    )
     assert described(["boat"], ["sky"], ["ship", "tree"])["cog"] == 50.0
 
 
@@ -357,7 +554,12 @@ def test_amber_takes_only_the_first_similar_word():
 
 
 def test_amber_needs_more_than_four_fifths_of_similarity():
-    assert described(["boat"], ["sky"], ["tree"], similar=alike()) == {"chair": 100.0, "cover": 0.0, "hal": 100.0, "cog": 0.0}
+    assert described(["boat"], ["sky"], ["tree"], similar=alike()) == {
+        "chair": 100.0,
+        "cover": 0.0,
+        "hal": 100.0,
+        "cog": 0.0,
+    }
 
 
 def test_amber_names_an_object_that_has_no_associations():
@@ -376,8 +578,15 @@ def test_amber_generative_equals_a_recomputation_on_random_answers():
     for trial in range(300):
         objects = rng.sample(words, 8)
         associations = {name: rng.choices(words, k=rng.randint(0, 3)) for name in objects}
-        closeness = {(a, b): 1.0 if a == b else rng.choice([0.1, 0.7, 0.8, 0.81]) for a in words for b in words}
-        rows = [{"truth": rng.choices(objects, k=3), "hallu": rng.choices(objects, k=rng.randint(0, 2))} for _ in range(rng.randint(1, 9))]
+        closeness = {
+            (a, b): 1.0 if a == b else rng.choice([0.1, 0.7, 0.8, 0.81])
+            for a in words
+            for b in words
+        }
+        rows = [
+            {"truth": rng.choices(objects, k=3), "hallu": rng.choices(objects, k=rng.randint(0, 2))}
+            for _ in range(rng.randint(1, 9))
+        ]
         nouns = [rng.choices([*words, "elsewhere"], k=rng.randint(0, 6)) for _ in rows]
         safe, with_similar = rng.sample(words, 2), bool(trial % 2)
         vocabulary = {*associations, *(word for entry in associations.values() for word in entry)}
@@ -385,8 +594,13 @@ def test_amber_generative_equals_a_recomputation_on_random_answers():
         for said, row in zip(nouns, rows, strict=True):
             table = {}
             for key in ("truth", "hallu"):
-                owners = [i for i, name in enumerate(row[key]) for _ in associations[name]] + list(range(len(row[key])))
-                table[key] = [word for name in row[key] for word in associations[name]] + row[key], owners
+                owners = [i for i, name in enumerate(row[key]) for _ in associations[name]] + list(
+                    range(len(row[key]))
+                )
+                table[key] = (
+                    [word for name in row[key] for word in associations[name]] + row[key],
+                    owners,
+                )
             hit = {"truth": [0] * len(row["truth"]), "hallu": [0] * len(row["hallu"])}
 
             def mark(key, positions, table=table, hit=hit):
@@ -396,15 +610,29 @@ def test_amber_generative_equals_a_recomputation_on_random_answers():
 
             verdicts = []
             for noun in filter(vocabulary.__contains__, said):
-                equal = {key: [i for i, word in enumerate(table[key][0]) if word == noun] for key in table}
-                near = {key: [i for i, word in enumerate(table[key][0]) if with_similar and closeness[noun, word] > 0.8] for key in table}
+                equal = {
+                    key: [i for i, word in enumerate(table[key][0]) if word == noun]
+                    for key in table
+                }
+                near = {
+                    key: [
+                        i
+                        for i, word in enumerate(table[key][0])
+                        if with_similar and closeness[noun, word] > 0.8
+                    ]
+                    for key in table
+                }
                 if noun in safe or mark("truth", equal["truth"]):
                     verdicts.append(0)
                     continue
                 mark("hallu", equal["hallu"])
                 mark("hallu", near["hallu"])
                 verdicts.append(0 if mark("truth", near["truth"]) else 1)
-            bad, all_said, spotless = bad + verdicts, all_said + [1] * len(verdicts), spotless + (not any(verdicts))
+            bad, all_said, spotless = (
+                bad + verdicts,
+                all_said + [1] * len(verdicts),
+                spotless + (not any(verdicts)),
+            )
             credits, slots = credits + sum(hit["truth"]), slots + len(hit["truth"])
             marks, traps = marks + sum(hit["hallu"]), traps + len(hit["hallu"])
         similar = (lambda a, b, table=closeness: table[a, b]) if with_similar else None

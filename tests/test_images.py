@@ -10,9 +10,18 @@ from PIL import Image as PillowImage
 
 from utils import chat, images, preferences
 
-FEATURES = Features({"image": Image(), "question": Value("string"), "chosen": Value("string"), "rejected": Value("string")})
+FEATURES = Features(
+    {
+        "image": Image(),
+        "question": Value("string"),
+        "chosen": Value("string"),
+        "rejected": Value("string"),
+    }
+)
 WIDTH, HEIGHT = 40, 30
-ACROSS, DOWN = np.meshgrid(np.arange(WIDTH) / (WIDTH - 1), np.arange(HEIGHT) / (HEIGHT - 1))  # 0 to 1: no mirror image looks the same
+ACROSS, DOWN = np.meshgrid(
+    np.arange(WIDTH) / (WIDTH - 1), np.arange(HEIGHT) / (HEIGHT - 1)
+)  # 0 to 1: no mirror image looks the same
 COLOURS = np.stack([255 * ACROSS, 255 * DOWN, 255 * (1 - ACROSS)], axis=-1).round().astype(np.uint8)
 OPACITY = (255 * DOWN).round().astype(np.uint8)
 GREY = (255 * ACROSS * DOWN).round().astype(np.uint8)
@@ -66,7 +75,12 @@ MODES = {  # name: (image, format, how it is saved, what should be seen)
     "RGB": (RGB, "PNG", {}, COLOURS),
     "L": (picture(GREY), "PNG", {}, three(GREY)),
     "1": (picture(GREY > 100), "PNG", {}, three(np.where(GREY > 100, 255, 0))),
-    "LA": (PillowImage.merge("LA", [picture(GREY), picture(OPACITY)]), "PNG", {}, on_white(three(GREY), OPACITY)),
+    "LA": (
+        PillowImage.merge("LA", [picture(GREY), picture(OPACITY)]),
+        "PNG",
+        {},
+        on_white(three(GREY), OPACITY),
+    ),
     "RGBA": (picture(np.dstack([COLOURS, OPACITY])), "PNG", {}, on_white(COLOURS, OPACITY)),
     "P": (PALETTE, "PNG", {}, np.asarray(PALETTE.convert("RGB"))),
     "P, one colour clear": (PALETTE, "GIF", KEY, KEY_ON_WHITE),
@@ -78,11 +92,31 @@ MODES = {  # name: (image, format, how it is saved, what should be seen)
     ),
     "I;16": (picture(SIXTEEN), "PNG", {}, three((SIXTEEN / 257).round())),
     "I;16 TIFF": (picture(SIXTEEN), "TIFF", {}, three((SIXTEEN / 257).round())),
-    "CMYK": (PillowImage.merge("CMYK", [*picture(255 - COLOURS).split(), picture(0 * GREY)]), "TIFF", {}, COLOURS),
-    "animated GIF": (PALETTE, "GIF", {"save_all": True, "append_images": [picture(255 - COLOURS)]}, np.asarray(PALETTE.convert("RGB"))),
-    "animated WebP": (RGB, "WEBP", {"save_all": True, "append_images": [picture(255 - COLOURS)], "lossless": True}, COLOURS),
+    "CMYK": (
+        PillowImage.merge("CMYK", [*picture(255 - COLOURS).split(), picture(0 * GREY)]),
+        "TIFF",
+        {},
+        COLOURS,
+    ),
+    "animated GIF": (
+        PALETTE,
+        "GIF",
+        {"save_all": True, "append_images": [picture(255 - COLOURS)]},
+        np.asarray(PALETTE.convert("RGB")),
+    ),
+    "animated WebP": (
+        RGB,
+        "WEBP",
+        {"save_all": True, "append_images": [picture(255 - COLOURS)], "lossless": True},
+        COLOURS,
+    ),
     **{
-        f"turned {n}": (picture(np.ascontiguousarray(turn(COLOURS))), "PNG", {"exif": orientation(n)}, COLOURS)
+        f"turned {n}": (
+            picture(np.ascontiguousarray(turn(COLOURS))),
+            "PNG",
+            {"exif": orientation(n)},
+            COLOURS,
+        )
         for n, turn in TURNED.items()
     },
 }
@@ -97,7 +131,8 @@ def stored(name):
 
 def pairs(*stored_images):
     rows = [
-        {"image": image, "question": f"What is in {n}?", "chosen": "a cup.", "rejected": "a book."} for n, image in enumerate(stored_images)
+        {"image": image, "question": f"What is in {n}?", "chosen": "a cup.", "rejected": "a book."}
+        for n, image in enumerate(stored_images)
     ]
     return Dataset.from_list(rows, features=FEATURES)
 
@@ -113,9 +148,13 @@ def test_an_image_of_any_mode_is_read_as_people_see_it(name):
 def test_training_and_inference_see_the_same_pixels_of_it(name, processor):
     raw = pairs(stored(name))
     reference = PillowImage.fromarray(np.asarray(images.read(stored(name))))
-    expected = processor(images=[[reference]], text=["<image>"], return_tensors="pt")["pixel_values"]
+    expected = processor(images=[[reference]], text=["<image>"], return_tensors="pt")[
+        "pixel_values"
+    ]
     asked = chat.inference_batch([raw[0]["image"]], ["What?"], processor)["pixel_values"]
-    opened = chat.inference_batch([PillowImage.open(io.BytesIO(stored(name)["bytes"]))], ["What?"], processor)["pixel_values"]
+    opened = chat.inference_batch(
+        [PillowImage.open(io.BytesIO(stored(name)["bytes"]))], ["What?"], processor
+    )["pixel_values"]
     for rows in (chat.format_dataset(raw), list(chat.format_dataset(raw.to_iterable_dataset()))):
         trained = chat.training_batch([rows[0]], processor)["pixel_values"]
         assert trained.shape[0] == 2, "chosen and rejected"
@@ -146,11 +185,17 @@ def test_an_image_of_too_many_pixels_is_refused_by_name(bomb, processor, monkeyp
         monkeypatch.setattr(PillowImage, "MAX_IMAGE_PIXELS", limit)
         rows = chat.format_dataset(pairs(bomb, bomb))
         size = r"is too large: .*1200 pixels.* .*drop the row"
-        with pytest.raises(ValueError, match=rf"^the image RGB\.png of the question 'What is in 1\?' {size}"):
+        with pytest.raises(
+            ValueError, match=rf"^the image RGB\.png of the question 'What is in 1\?' {size}"
+        ):
             rows[1]
-        with pytest.raises(ValueError, match=rf"^row 0: the image RGB\.png of the question 'What is in 0\?' {size}"):
+        with pytest.raises(
+            ValueError, match=rf"^row 0: the image RGB\.png of the question 'What is in 0\?' {size}"
+        ):
             chat.within_budget(rows, processor, 256)
-        with pytest.raises(ValueError, match=rf"^row 0: the image RGB\.png of the question .* {size}"):
+        with pytest.raises(
+            ValueError, match=rf"^row 0: the image RGB\.png of the question .* {size}"
+        ):
             next(iter(chat.format_dataset(pairs(bomb).to_iterable_dataset())))
 
 
@@ -158,7 +203,10 @@ def test_so_it_is_when_a_model_is_asked(bomb, processor):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)
         large = PillowImage.open(io.BytesIO(bomb["bytes"]))
-    with pytest.raises(ValueError, match=r"^image 1 is too large: 40 × 30 pixels, more than 1000; .*MAX_IMAGE_PIXELS"):
+    with pytest.raises(
+        ValueError,
+        match=r"^image 1 is too large: 40 × 30 pixels, more than 1000; .*MAX_IMAGE_PIXELS",
+    ):
         chat.inference_batch([PillowImage.new("RGB", (8, 8)), large], ["a", "b"], processor)
 
 
@@ -173,7 +221,11 @@ def test_the_check_reports_it(bomb):
 
 
 def test_a_row_without_a_readable_image_says_which():
-    with pytest.raises(ValueError, match=r"the image of the question 'What is in 0\?' cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"the image of the question 'What is in 0\?' cannot be read"
+    ):
         chat.format_dataset(pairs({"bytes": b"not an image", "path": None}))[0]
-    with pytest.raises(ValueError, match=r"the image of the question 'What is in 0\?' is NoneType, not an image"):
+    with pytest.raises(
+        ValueError, match=r"the image of the question 'What is in 0\?' is NoneType, not an image"
+    ):
         chat.format_dataset(pairs(None))[0]

@@ -45,7 +45,9 @@ def tree(cell):
 
 def links(text):
     """Targets of Markdown and HTML links in `text`, without anchors."""
-    targets = re.findall(r"\]\(<?([^)\s>]+)", text) + re.findall(r"""(?:href|src)=["']([^"']+)""", text)
+    targets = re.findall(r"\]\(<?([^)\s>]+)", text) + re.findall(
+        r"""(?:href|src)=["']([^"']+)""", text
+    )
     return [target.split("#")[0] for target in targets if target.split("#")[0]]
 
 
@@ -54,9 +56,13 @@ def relative(targets):
 
 
 def test_there_are_notebooks():
-    assert PATHS, "notebooks/ is empty: every other test here would pass without looking at anything"
+    assert PATHS, (
+        "notebooks/ is empty: every other test here would pass without looking at anything"
+    )
     numbers = [path.stem[:2] for path in PATHS]
-    assert len(set(numbers)) == len(numbers) and all(re.fullmatch("0[1-9]|10", number) for number in numbers)
+    assert len(set(numbers)) == len(numbers) and all(
+        re.fullmatch("0[1-9]|10", number) for number in numbers
+    )
 
 
 @every_notebook
@@ -76,19 +82,25 @@ def test_every_code_cell_parses(path):
 
 @every_notebook
 def test_executed_once_from_top_to_bottom(path):
-    assert [cell.execution_count for cell in code_cells(path)] == list(range(1, len(code_cells(path)) + 1))
+    assert [cell.execution_count for cell in code_cells(path)] == list(
+        range(1, len(code_cells(path)) + 1)
+    )
     assert not [output for output in outputs(path) if output.output_type == "error"]
 
 
 @every_notebook
 def test_outputs_are_fresh(path):
     stamp = read(path).metadata.get("tutorial", {}).get("digest")
-    assert stamp == digest(read(path)), "its code, utils/, embedded/ or the lock changed since it ran: make notebooks"
+    assert stamp == digest(read(path)), (
+        "its code, utils/, embedded/ or the lock changed since it ran: make notebooks"
+    )
 
 
 @every_notebook
 def test_names_no_machine(path):
-    assert not re.findall(rf".{{0,40}}{MACHINE_PATH}.{{0,40}}", without_pictures(path.read_text(encoding="utf-8")))
+    assert not re.findall(
+        rf".{{0,40}}{MACHINE_PATH}.{{0,40}}", without_pictures(path.read_text(encoding="utf-8"))
+    )
 
 
 @every_notebook
@@ -119,7 +131,9 @@ def test_one_parameters_cell(path):
 
 @every_notebook
 def test_starts_with_the_bootstrap_cell(path):
-    assert code_cells(path)[0].source == bootstrap(), "copy it: python -c 'from tools.notebooks import bootstrap; print(bootstrap())'"
+    assert code_cells(path)[0].source == bootstrap(), (
+        "copy it: python -c 'from tools.notebooks import bootstrap; print(bootstrap())'"
+    )
 
 
 @every_notebook
@@ -129,7 +143,9 @@ def test_anatomy(path):
     assert first.source.startswith("# ")
     file = f"{home()['repository']}/blob/{home()['branch']}/notebooks/{path.name}"
     assert f"https://colab.research.google.com/github/{file}" in links(first.source)
-    assert f"https://kaggle.com/kernels/welcome?src=https://github.com/{file}" in links(first.source)
+    assert f"https://kaggle.com/kernels/welcome?src=https://github.com/{file}" in links(
+        first.source
+    )
     assert re.search(r"^#+ What you saw", markdown(path), flags=re.MULTILINE)
     assert markdown(path).count("<details") >= 2
 
@@ -139,13 +155,21 @@ def test_links(path):
     here = relative(links(markdown(path)))
     assert not [target for target in here if not (path.parent / target).exists()]
     position = PATHS.index(path)
-    neighbours = {neighbour.name for neighbour in [*PATHS[max(position - 1, 0) : position], *PATHS[position + 1 : position + 2]]}
+    neighbours = {
+        neighbour.name
+        for neighbour in [
+            *PATHS[max(position - 1, 0) : position],
+            *PATHS[position + 1 : position + 2],
+        ]
+    }
     assert neighbours <= set(here), "it must link to the notebooks before and after it"
 
 
 @every_notebook
 def test_needs_no_account_and_upgrades_nothing(path):
-    assert not [cell.source for cell in code_cells(path) if re.search(NOT_ON_THE_MAIN_PATH, cell.source)]
+    assert not [
+        cell.source for cell in code_cells(path) if re.search(NOT_ON_THE_MAIN_PATH, cell.source)
+    ]
 
 
 def test_a_function_is_taught_in_one_notebook():
@@ -154,10 +178,16 @@ def test_a_function_is_taught_in_one_notebook():
         for node in (node for cell in code_cells(path) for node in tree(cell).body):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 taught[node.name].add(path.name)
-    assert not {name: sorted(where) for name, where in taught.items() if len(where) > 1}, "import it from utils/ the second time"
+    assert not {name: sorted(where) for name, where in taught.items() if len(where) > 1}, (
+        "import it from utils/ the second time"
+    )
 
 
 def test_readme_lists_the_notebooks():
-    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    rows = [
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
     listed = [re.search(r"\((?:\./)?notebooks/([\w.-]+\.ipynb)\)", row) for row in rows]
     assert [match[1] for match in listed if match] == [path.name for path in PATHS]

@@ -12,7 +12,14 @@ import pytest
 from PIL import Image
 
 from utils import callbacks, plots
-from utils.plots import METRICS, before_after, length_histogram, new_figure, scatter_sizes, training_curves
+from utils.plots import (
+    METRICS,
+    before_after,
+    length_histogram,
+    new_figure,
+    scatter_sizes,
+    training_curves,
+)
 
 matplotlib.use("Agg")
 
@@ -27,7 +34,12 @@ LOG = [
     }
     for step in range(1, 21)
 ]
-EVALUATED = {"step": 20, "eval_loss": 0.6, "eval_rewards/accuracies": 0.7, "eval_logps/chosen": -21.0}
+EVALUATED = {
+    "step": 20,
+    "eval_loss": 0.6,
+    "eval_rewards/accuracies": 0.7,
+    "eval_logps/chosen": -21.0,
+}
 FINISHED = {"step": 20, "train_runtime": 3.0, "train_loss": 0.6}
 
 
@@ -37,7 +49,10 @@ def evaluation(**differences):
     return {
         "base": {metric: 0.4 for metric in change},
         "dpo": {metric: 0.4 + mean for metric, (mean, _, _) in change.items()},
-        "difference": {metric: {"mean": mean, "low": low, "high": high, "p": 0.01} for metric, (mean, low, high) in change.items()},
+        "difference": {
+            metric: {"mean": mean, "low": low, "high": high, "p": 0.01}
+            for metric, (mean, low, high) in change.items()
+        },
         "n": 500,
     }
 
@@ -48,7 +63,11 @@ def texts(axes):
 
 def lines(axes):
     """Label → list of (x, y) of the lines that are drawn from data."""
-    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_linestyle() != ":"}
+    return {
+        line.get_label(): list(zip(*line.get_data(), strict=True))
+        for line in axes.lines
+        if line.get_linestyle() != ":"
+    }
 
 
 FIGURES = {
@@ -62,7 +81,9 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_returned_labelled_and_small(name):
     figure = FIGURES[name]()
-    assert matplotlib.pyplot.get_fignums() == []  # nothing left that a notebook would show a second time
+    assert (
+        matplotlib.pyplot.get_fignums() == []
+    )  # nothing left that a notebook would show a second time
     assert all(axes.get_xlabel() for axes in figure.axes)
     assert all(axes.get_ylabel() or name == "before_after" for axes in figure.axes)
     file = io.BytesIO()
@@ -70,17 +91,26 @@ def test_figures_are_returned_labelled_and_small(name):
     assert len(file.getvalue()) < 40_000
     picture = Image.open(file)
     assert picture.size == tuple(figure.get_size_inches() * 100)
-    assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)  # a white card, also on a dark page
+    assert picture.convert("RGB").getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )  # a white card, also on a dark page
 
 
 def test_small_pictures_keep_rare_colours():
     """One dot of each verdict in a large picture: a palette made of what is frequent would turn them all brown."""
     file = io.BytesIO()
-    before_after(evaluation(chair_i=(-0.1, -0.2, -0.05), chair_s=(0.1, 0.05, 0.2), cog=(0.1, -0.1, 0.3))).savefig(file)
+    before_after(
+        evaluation(chair_i=(-0.1, -0.2, -0.05), chair_s=(0.1, 0.05, 0.2), cog=(0.1, -0.1, 0.3))
+    ).savefig(file)
     found = [colour for _, colour in Image.open(file).convert("RGB").getcolors(64)]
     for colour in (plots.BLUE, plots.GREEN, plots.VERMILION, plots.GREY):
         wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
-        assert min(max(abs(a - b) for a, b in zip(wanted, other, strict=True)) for other in found) <= 16
+        assert (
+            min(max(abs(a - b) for a, b in zip(wanted, other, strict=True)) for other in found)
+            <= 16
+        )
 
 
 def test_new_figure_gives_one_axes_or_several():
@@ -91,7 +121,10 @@ def test_new_figure_gives_one_axes_or_several():
 
 def test_the_histogram_counts_words_and_marks_the_means():
     axes = length_histogram(["one two", "one two three four"], ["one two three four five"]).axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["chosen, mean 3.0", "rejected, mean 5.0"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "chosen, mean 3.0",
+        "rejected, mean 5.0",
+    ]
     assert [line.get_xdata()[0] for line in axes.lines] == [3, 5]
     assert len(axes.patches) == 2
 
@@ -100,7 +133,11 @@ def test_the_histogram_counts_words_and_marks_the_means():
 def test_no_answer_falls_out_of_the_histogram(longest, monkeypatch):
     counts = []
     hist = matplotlib.axes.Axes.hist
-    monkeypatch.setattr(matplotlib.axes.Axes, "hist", lambda *args, **kwargs: counts.append(hist(*args, **kwargs)[0].sum()))
+    monkeypatch.setattr(
+        matplotlib.axes.Axes,
+        "hist",
+        lambda *args, **kwargs: counts.append(hist(*args, **kwargs)[0].sum()),
+    )
     length_histogram(["word " * longest, ""], ["word " * longest])
     assert counts == [2, 1]
 
@@ -123,11 +160,16 @@ def test_sizes_are_counted():
 def test_training_curves_draw_each_series_at_its_steps():
     figure = training_curves([*LOG, EVALUATED, FINISHED])
     loss, accuracy, margin, logps = figure.axes
-    assert lines(loss) == {"loss": [(entry["step"], entry["loss"]) for entry in LOG], "eval_loss": [(20, 0.6)]}
+    assert lines(loss) == {
+        "loss": [(entry["step"], entry["loss"]) for entry in LOG],
+        "eval_loss": [(20, 0.6)],
+    }
     assert lines(accuracy)["eval_rewards/accuracies"] == [(20, 0.7)]
     assert set(lines(margin)) == {"rewards/margins"}
     assert set(lines(logps)) == {"logps/chosen", "logps/rejected", "eval_logps/chosen"}
-    assert [line.get_ydata()[0] for line in loss.lines if line.get_linestyle() == ":"] == [math.log(2)]
+    assert [line.get_ydata()[0] for line in loss.lines if line.get_linestyle() == ":"] == [
+        math.log(2)
+    ]
 
 
 @pytest.mark.parametrize("log", [[], [{"step": 1, "grad_norm": 1.0}]])
@@ -142,7 +184,11 @@ def live(monkeypatch):
     """The callback, what it displays as (identity, update, figure), and a clock that can be set."""
     displayed, clock = [], SimpleNamespace(now=100.0)
     monkeypatch.setattr(callbacks, "get_ipython", lambda: object())
-    monkeypatch.setattr(callbacks, "display", lambda figure, display_id, update: displayed.append((display_id, update, figure)))
+    monkeypatch.setattr(
+        callbacks,
+        "display",
+        lambda figure, display_id, update: displayed.append((display_id, update, figure)),
+    )
     for wrapper in ("HTML", "figure_html"):
         monkeypatch.setattr(callbacks, wrapper, lambda figure: figure)
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -184,11 +230,22 @@ def test_live_curves_are_a_trainer_callback(live):
 def test_drawing_does_not_load_transformers():
     code = "import sys, utils.plots; print('transformers' in sys.modules)"
     root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )
 
 
 def test_before_after_writes_every_metric_with_interval_and_verdict():
-    figure = before_after(evaluation(chair_i=(-0.153, -0.173, -0.133), recall=(-0.02, -0.03, -0.01), pope_f1=(0.01, -0.01, 0.03)))
+    figure = before_after(
+        evaluation(
+            chair_i=(-0.153, -0.173, -0.133),
+            recall=(-0.02, -0.03, -0.01),
+            pope_f1=(0.01, -0.01, 0.03),
+        )
+    )
     (axes,) = figure.axes
     written = texts(axes)
     assert [name for name, _, _ in METRICS.values() if name not in written] == []
@@ -212,7 +269,9 @@ def test_before_after_draws_the_metrics_that_are_there():
 
 def test_an_undefined_metric_is_called_unclear():
     undefined = (math.nan, math.nan, math.nan)
-    assert any(text.endswith("unclear") for text in texts(before_after(evaluation(cog=undefined)).axes[0]))
+    assert any(
+        text.endswith("unclear") for text in texts(before_after(evaluation(cog=undefined)).axes[0])
+    )
 
 
 def test_before_after_needs_both_models():
@@ -228,7 +287,10 @@ def test_a_figure_is_shown_with_what_stands_in_it_as_its_alternative_text():
     figure, axes = plots.new_figure()
     axes.set(title='"<b>cups</b>"', xlabel="step", ylabel="7")
     page = figure._repr_html_()
-    assert page.startswith('<img alt="Figure; step; &quot;&lt;b&gt;cups&lt;/b&gt;&quot;" ') and ' src="data:image/png;base64,' in page
+    assert (
+        page.startswith('<img alt="Figure; step; &quot;&lt;b&gt;cups&lt;/b&gt;&quot;" ')
+        and ' src="data:image/png;base64,' in page
+    )
     assert plots.figure_html(figure, "other words").startswith('<img alt="other words" ')
 
 

@@ -13,12 +13,29 @@ from peft import get_peft_model
 from transformers import PrinterCallback
 from trl import DPOTrainer
 
-from utils import chat, models, preferences, preflight, reference_cache, train, trainer_checks, training
+from scripts import train
+from utils import chat, models, preferences, preflight, reference_cache, trainer_checks, training
 from utils.settings import PROFILES
 
 SETTINGS = PROFILES["embedded"]
-CHECKS = ["versions", "device", "precision", "learning rate", "trainable weights", "one adapter", "checkpoints"]
-CHECKS += ["row length", "max_length", "image tokens", "memory", "reference", "first loss", "gradients"]
+CHECKS = [
+    "versions",
+    "device",
+    "precision",
+    "learning rate",
+    "trainable weights",
+    "one adapter",
+    "checkpoints",
+]
+CHECKS += [
+    "row length",
+    "max_length",
+    "image tokens",
+    "memory",
+    "reference",
+    "first loss",
+    "gradients",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +45,18 @@ def rows():
 
 @pytest.fixture
 def make(rows, processor, tmp_path):
-    """`make(settings=…, model=…, **changes)`: a trainer as notebook 05 makes it, with four pairs a step."""
+    """`make(settings=…, model=…, **changes)`: a trainer as notebook 03 makes it, with four pairs a step."""
 
     def made(settings=SETTINGS, model=None, **changes):
-        changes = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4, "disable_tqdm": True} | changes
-        return training.make_trainer(settings, model or models.load_model(settings), processor, rows, tmp_path, **changes)
+        changes = {
+            "max_steps": 3,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "disable_tqdm": True,
+        } | changes
+        return training.make_trainer(
+            settings, model or models.load_model(settings), processor, rows, tmp_path, **changes
+        )
 
     return made
 
@@ -42,8 +66,16 @@ def by_hand(rows, processor, tmp_path):
     """A trainer that a reader builds without this package: `by_hand(model, peft_config)`."""
 
     def made(model, adapter=None, **changes):
-        args = training.dpo_config(SETTINGS, tmp_path, per_device_train_batch_size=4, disable_tqdm=True, **changes)
-        trainer = DPOTrainer(model=model, args=args, train_dataset=rows, processing_class=processor, peft_config=adapter)
+        args = training.dpo_config(
+            SETTINGS, tmp_path, per_device_train_batch_size=4, disable_tqdm=True, **changes
+        )
+        trainer = DPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            processing_class=processor,
+            peft_config=adapter,
+        )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -54,12 +86,18 @@ def results(trainer, **changes):
     """{check: (result, found and what to do)}"""
     found = training.preflight(trainer, **changes)
     assert {tuple(row) for row in found} == {("check", "result", "found", "what to do")}
-    assert all(row["what to do"] or row["result"] == "ok" for row in found), "what is not ok says what to do"
+    assert all(row["what to do"] or row["result"] == "ok" for row in found), (
+        "what is not ok says what to do"
+    )
     return {row["check"]: (row["result"], f"{row['found']} {row['what to do']}") for row in found}
 
 
 def failed(trainer, **changes):
-    return {check: text for check, (result, text) in results(trainer, **changes).items() if result == "failed"}
+    return {
+        check: text
+        for check, (result, text) in results(trainer, **changes).items()
+        if result == "failed"
+    }
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
@@ -68,8 +106,13 @@ def test_a_right_set_up_is_all_green(make, shared_prefix, checkpointing):
     trainer = make(shared_prefix=shared_prefix, gradient_checkpointing=checkpointing)
     found = results(trainer)
     assert list(found) == CHECKS and {result for result, _ in found.values()} == {"ok"}
-    assert "arrive at 28 of 56" in found["gradients"][1] and "0.6931 (ln 2 = 0.6931)" in found["first loss"][1]
-    assert "72 for 72" in found["image tokens"][1]  # 9 an image, in the two rows of each of four pairs
+    assert (
+        "arrive at 28 of 56" in found["gradients"][1]
+        and "0.6931 (ln 2 = 0.6931)" in found["first loss"][1]
+    )
+    assert (
+        "72 for 72" in found["image tokens"][1]
+    )  # 9 an image, in the two rows of each of four pairs
     assert not trainer.model.is_gradient_checkpointing
 
 
@@ -81,7 +124,10 @@ def test_a_run_after_preflight_is_the_run_without_it(make):
             training.preflight(trainer)
         trainer.train()
         logs.append(
-            [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in trainer.state.log_history]
+            [
+                {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
+                for entry in trainer.state.log_history
+            ]
         )
     assert logs[0] == logs[1] and len(logs[0]) > 3 and logs[0][0]["num_tokens"] > 100
 
@@ -95,14 +141,30 @@ def test_the_trainer_is_left_as_it_was(make, wrong):
 
     def state():
         modes = [module.training for module in trainer.model.modules()]
-        drawn = [torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()]
-        attributes = [sorted(vars(thing)) for thing in (trainer, trainer.accelerator, trainer.args, trainer.model.get_base_model().model)]
-        return copy.deepcopy([modes, drawn, attributes, trainer._metrics, trainer._total_train_tokens])
+        drawn = [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            numpy.random.get_state()[1].tolist(),
+        ]
+        attributes = [
+            sorted(vars(thing))
+            for thing in (
+                trainer,
+                trainer.accelerator,
+                trainer.args,
+                trainer.model.get_base_model().model,
+            )
+        ]
+        return copy.deepcopy(
+            [modes, drawn, attributes, trainer._metrics, trainer._total_train_tokens]
+        )
 
     before = state()
     preflight.preflight(trainer)
     assert state() == before and not any(trainer._metrics.values())
-    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+    assert all(
+        torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items()
+    )
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
@@ -110,7 +172,7 @@ def test_the_learning_rate_of_full_fine_tuning_is_refused_for_an_adapter(make):
     assert "hardly moves" in failed(make(learning_rate=1e-6))["learning rate"]
     trainer = make(learning_rate=1e-5)
     assert results(trainer)["learning rate"][0] == "ok"
-    trainer.args.learning_rate = 3e-3  # ten times the profile's: notebook 05 shows what it does
+    trainer.args.learning_rate = 3e-3  # ten times the profile's: notebook 03 shows what it does
     assert results(trainer)["learning rate"][0] == "warning"
 
 
@@ -123,7 +185,10 @@ def test_a_max_length_that_cuts_image_tokens_is_named(make, shared_prefix):
 
 def test_a_max_length_that_cuts_only_answers_is_a_warning(make):
     found = results(make(max_length=60))
-    assert found["max_length"][0] == "warning" and found["image tokens"][0] == found["gradients"][0] == "ok"
+    assert (
+        found["max_length"][0] == "warning"
+        and found["image tokens"][0] == found["gradients"][0] == "ok"
+    )
 
 
 def test_an_adapter_on_the_vision_tower_is_named_unless_it_is_meant(make):
@@ -161,22 +226,31 @@ def test_a_left_over_get_peft_model_is_named_however_it_was_left(by_hand):
     get_peft_model(model, everywhere)
     assert "25 layers carry one that target_modules does not name" in found(model, lora)
     assert "copy of a new adapter" in found(get_peft_model(models.load_model(SETTINGS), lora), None)
-    assert "wraps another" in found(get_peft_model(get_peft_model(models.load_model(SETTINGS), lora), lora), None)
+    assert "wraps another" in found(
+        get_peft_model(get_peft_model(models.load_model(SETTINGS), lora), lora), None
+    )
 
 
 def test_a_right_trainer_made_by_hand_lacks_only_the_profile(by_hand):
     trainer = by_hand(models.load_model(SETTINGS), training.lora_config(SETTINGS))
     found = {check: text for check, (result, text) in results(trainer).items() if result != "ok"}
-    assert found.keys() == {"precision", "row length", "memory"} and "trains weights in bfloat16" in found["precision"]
+    assert (
+        found.keys() == {"precision", "row length", "memory"}
+        and "trains weights in bfloat16" in found["precision"]
+    )
 
 
 def test_going_on_with_an_adapter_is_right(make, tmp_path):
     trainer = make(learning_rate=2e-3, save_strategy="no")
     training.train(trainer, SETTINGS)
     assert "first loss" in failed(trainer), "it has trained already"
-    found = results(make(model=models.load_tuned(SETTINGS, tmp_path / "adapter"), continue_adapter=True))
+    found = results(
+        make(model=models.load_tuned(SETTINGS, tmp_path / "adapter"), continue_adapter=True)
+    )
     assert {result for result, _ in found.values()} == {"ok"}
-    assert "frozen copy" in found["reference"][1] and found["gradients"][1].startswith("arrive at 56 of 56")
+    assert "frozen copy" in found["reference"][1] and found["gradients"][1].startswith(
+        "arrive at 56 of 56"
+    )
 
 
 class Cut(bnb.nn.Linear4bit):
@@ -192,12 +266,16 @@ def test_gradients_that_do_not_arrive_are_missed(make):
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = Cut
     assert list(found := failed(trainer)) == ["gradients"]
-    assert "none at 20 of 56 tensors" in found["gradients"]  # o_proj and down_proj of 4 layers hear through the residual stream
+    assert (
+        "none at 20 of 56 tensors" in found["gradients"]
+    )  # o_proj and down_proj of 4 layers hear through the residual stream
 
 
 def test_layers_that_would_stop_gradients_later_are_found_now(make):
     trainer = make()
-    four_bit = next(module for module in trainer.model.modules() if isinstance(module, bnb.nn.Linear4bit))
+    four_bit = next(
+        module for module in trainer.model.modules() if isinstance(module, bnb.nn.Linear4bit)
+    )
     four_bit.support_avx512bf16_for_cpu = True
     assert "keep_gradients_flowing" in failed(trainer)["gradients"]
 
@@ -208,7 +286,9 @@ def test_an_adapter_that_is_not_zero_at_the_start_is_noticed_with_any_loss(make)
         assert not failed(trainer)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+                torch.nn.init.normal_(
+                    parameter, std=0.02, generator=torch.Generator().manual_seed(0)
+                )
         assert list(failed(trainer)) == ["first loss"]
 
 
@@ -217,7 +297,9 @@ def test_a_reference_that_is_not_this_model_is_noticed(make, tmp_path):
     reference_cache.use_reference_cache(trainer, tmp_path)
     assert not failed(trainer)
     stale = trainer.data_collator
-    trainer.data_collator = lambda rows: stale(rows) | {"ref_chosen_logps": torch.full((len(rows),), -50.0)}
+    trainer.data_collator = lambda rows: (
+        stale(rows) | {"ref_chosen_logps": torch.full((len(rows),), -50.0)}
+    )
     assert "delete log-probabilities kept on disk" in failed(trainer)["reference"]
 
 
@@ -229,9 +311,17 @@ def test_too_little_memory_is_said_before_it_runs_out(make, monkeypatch):
 
 def test_a_disk_too_full_or_closed_is_said_before_the_first_checkpoint(make, monkeypatch, tmp_path):
     trainer = make(save_steps=1)
-    needed = 4 * sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad) * 10  # 3 checkpoints
+    needed = (
+        4
+        * sum(
+            parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
+        )
+        * 10
+    )  # 3 checkpoints
     for free, expected in ((needed, False), (needed - 1, True)):
-        monkeypatch.setattr(trainer_checks.shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(
+            trainer_checks.shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free)
+        )
         assert ("save_total_limit" in failed(trainer).get("checkpoints", "")) is expected
     (tmp_path / "file").touch()
     trainer.args.output_dir = str(tmp_path / "file" / "runs")
@@ -242,21 +332,40 @@ def test_rows_over_the_token_budget_are_counted(make):
     trainer = make(dataclasses.replace(SETTINGS, token_budget=80))
     longest = [chat.count_tokens(row, trainer.processing_class) for row in trainer.train_dataset]
     text = failed(trainer)["row length"]
-    assert f"up to {max(longest)} tokens; " in text and "over the budget of 80" in text and "within_budget" in text
+    assert (
+        f"up to {max(longest)} tokens; " in text
+        and "over the budget of 80" in text
+        and "within_budget" in text
+    )
 
 
 def test_rows_of_a_stream_are_looked_at_too(processor, tmp_path):
-    stream = chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:32]").to_iterable_dataset())
+    stream = chat.format_dataset(
+        preferences.load(SETTINGS.dataset, "train[:32]").to_iterable_dataset()
+    )
     changes = {"max_steps": 2, "per_device_train_batch_size": 4, "disable_tqdm": True}
-    found = results(training.make_trainer(SETTINGS, models.load_model(SETTINGS), processor, stream, tmp_path, **changes))
-    assert {result for result, _ in found.values()} == {"ok"} and found["row length"][1].startswith("the first 8 rows")
+    found = results(
+        training.make_trainer(
+            SETTINGS, models.load_model(SETTINGS), processor, stream, tmp_path, **changes
+        )
+    )
+    assert {result for result, _ in found.values()} == {"ok"} and found["row length"][1].startswith(
+        "the first 8 rows"
+    )
 
 
 def test_a_gpu_that_only_emulates_bfloat16_is_named(make, monkeypatch):
     """A T4, as seen by the check: `is_bf16_supported()` says yes there."""
     trainer, asked = make(), []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(1) or including_emulation)
-    gpu = SimpleNamespace(args=SimpleNamespace(bf16=True, fp16=False, device=torch.device("cuda")), model=trainer.model)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: asked.append(1) or including_emulation,
+    )
+    gpu = SimpleNamespace(
+        args=SimpleNamespace(bf16=True, fp16=False, device=torch.device("cuda")),
+        model=trainer.model,
+    )
     assert trainer_checks.precision(gpu)["result"] == "failed" and asked
     gpu.args.bf16, gpu.args.fp16 = False, True
     assert trainer_checks.precision(gpu)["result"] == "ok"
@@ -266,25 +375,48 @@ def test_a_gpu_that_only_emulates_bfloat16_is_named(make, monkeypatch):
 
 def test_an_old_package_is_named_with_what_is_needed(monkeypatch):
     there = trainer_checks.versions("peft")["peft"]
-    monkeypatch.setattr(trainer_checks, "versions", lambda *names: dict.fromkeys(names, "99") | {"peft": "0.1", "trl": "1.16"})
+    monkeypatch.setattr(
+        trainer_checks,
+        "versions",
+        lambda *names: dict.fromkeys(names, "99") | {"peft": "0.1", "trl": "1.16"},
+    )
     assert there != "0.1" and trainer_checks.packages()["found"] == "peft>=0.20, here 0.1"
 
 
 def test_the_table_escapes_and_speaks_without_colour(monkeypatch):
     shown = []
     monkeypatch.setattr(preflight, "show_html", lambda html, text: shown.extend([html, text]))
-    preflight.show([trainer_checks.row("a", "ok", "fine", "no advice"), trainer_checks.row("b", "failed", "<script>", "do & see")])
+    preflight.show(
+        [
+            trainer_checks.row("a", "ok", "fine", "no advice"),
+            trainer_checks.row("b", "failed", "<script>", "do & see"),
+        ]
+    )
     html, text = shown
-    assert "&lt;script&gt;" in html and "<script>" not in html and "do &amp; see" in html and html.count(">failed<") == 1
+    assert (
+        "&lt;script&gt;" in html
+        and "<script>" not in html
+        and "do &amp; see" in html
+        and html.count(">failed<") == 1
+    )
     assert text == "ok      a: fine\nfailed  b: <script>\n        → do & see"
 
 
-def test_the_command_line_stops_where_a_check_fails_unless_told_to_go_on(tmp_path, monkeypatch, capsys):
+def test_the_command_line_stops_where_a_check_fails_unless_told_to_go_on(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(preflight, "free_bytes", lambda place: 1e6)
-    monkeypatch.setitem(PROFILES, "embedded", dataclasses.replace(SETTINGS, train_split="train[:32]"))  # counting tokens takes seconds
+    monkeypatch.setitem(
+        PROFILES, "embedded", dataclasses.replace(SETTINGS, train_split="train[:32]")
+    )  # counting tokens takes seconds
     arguments = ["--profile", "embedded", "--output", str(tmp_path), "--max-steps", "1"]
-    with pytest.raises(SystemExit, match=r"nothing was trained: preflight failed at memory\. --no-preflight"):
+    with pytest.raises(
+        SystemExit, match=r"nothing was trained: preflight failed at memory\. --no-preflight"
+    ):
         train.main(arguments)
-    assert "failed  memory: a step takes up to" in capsys.readouterr().out and not (tmp_path / "training.json").exists()
+    assert (
+        "failed  memory: a step takes up to" in capsys.readouterr().out
+        and not (tmp_path / "training.json").exists()
+    )
     train.main([*arguments, "--no-preflight"])
     assert (tmp_path / "training.json").exists()

@@ -8,9 +8,17 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from embedded.scenes import CATEGORIES, COLOURS, NUMBERS, PLACES, describe, existence_answer, question_about
-from utils import preference_making as making
-from utils.claims import SYNONYMS, claims, is_right, left_out, mentions, wrong_spans
+from embedded.claims import SYNONYMS, claims, is_right, left_out, mentions, wrong_spans
+from embedded.scenes import (
+    CATEGORIES,
+    COLOURS,
+    NUMBERS,
+    PLACES,
+    describe,
+    existence_answer,
+    question_about,
+)
+from utils import pairing
 from utils.display import mark_html
 
 SEEDS = st.integers(0, 2**32 - 1).map(random.Random)
@@ -18,27 +26,52 @@ SEEDS = st.integers(0, 2**32 - 1).map(random.Random)
 # claims
 
 OBJECTS = st.fixed_dictionaries(
-    {"category": st.sampled_from(CATEGORIES), "colour": st.sampled_from([*COLOURS]), "place": st.sampled_from([*PLACES])}
+    {
+        "category": st.sampled_from(CATEGORIES),
+        "colour": st.sampled_from([*COLOURS]),
+        "place": st.sampled_from([*PLACES]),
+    }
 )
-SCENES = st.lists(OBJECTS, min_size=1, max_size=6, unique_by=(lambda o: o["category"], lambda o: o["place"]))
+SCENES = st.lists(
+    OBJECTS, min_size=1, max_size=6, unique_by=(lambda o: o["category"], lambda o: o["place"])
+)
 WORDS = [*CATEGORIES, *COLOURS, *PLACES, *NUMBERS[1:], *SYNONYMS]
 WORDS += ["cups", "objects", "object", "no", "not", "nothing", "On the", "there is a"]
 LETTERS = "sS\u017fiI\u0130\u0131kK\u212a"  # those that ignoring case makes equal: long s, dotted and dotless i, the sign for Kelvin
-SOUP = st.lists(st.sampled_from([*WORDS, " ", ", ", ".", "!", "?", "\n", *LETTERS]) | st.characters(exclude_categories=["Cs"]), max_size=12)
+SOUP = st.lists(
+    st.sampled_from([*WORDS, " ", ", ", ".", "!", "?", "\n", *LETTERS])
+    | st.characters(exclude_categories=["Cs"]),
+    max_size=12,
+)
 TEXTS = st.lists(st.sampled_from([*WORDS, "."]), max_size=12).map(" ".join) | SOUP.map("".join)
 
 
 @given(SCENES, st.data())
-def test_what_is_told_of_a_scene_is_right_what_is_added_is_wrong_and_what_is_forgotten_is_left_out(objects, data):
-    kinds = data.draw(st.lists(st.sampled_from(["told", "forgotten", "added"]), min_size=len(objects), max_size=len(objects)))
+def test_what_is_told_of_a_scene_is_right_what_is_added_is_wrong_and_what_is_forgotten_is_left_out(
+    objects, data
+):
+    kinds = data.draw(
+        st.lists(
+            st.sampled_from(["told", "forgotten", "added"]),
+            min_size=len(objects),
+            max_size=len(objects),
+        )
+    )
     told, forgotten, added = (
-        [o for o, kind in zip(objects, kinds, strict=True) if kind == name] for name in ("told", "forgotten", "added")
+        [o for o, kind in zip(objects, kinds, strict=True) if kind == name]
+        for name in ("told", "forgotten", "added")
     )
     scene, text = told + forgotten, describe(data.draw(st.permutations(told + added)))
     wrong = [c for c in claims(text) if not is_right(c, scene)]
-    assert len(claims(text)) == 3 * len(told + added) and left_out(text, scene) == [o["category"] for o in forgotten]
-    assert Counter(c["category"] for c in wrong) == {o["category"]: 3 for o in added}  # that it is there, its colour, its place
-    assert [text[slice(*span)] for span in wrong_spans(text, scene)] == [text[c["start"] : c["end"]] for c in wrong]
+    assert len(claims(text)) == 3 * len(told + added) and left_out(text, scene) == [
+        o["category"] for o in forgotten
+    ]
+    assert Counter(c["category"] for c in wrong) == {
+        o["category"]: 3 for o in added
+    }  # that it is there, its colour, its place
+    assert [text[slice(*span)] for span in wrong_spans(text, scene)] == [
+        text[c["start"] : c["end"]] for c in wrong
+    ]
 
 
 @given(SCENES, OBJECTS, st.sampled_from(["colour", "place"]))
@@ -53,14 +86,14 @@ def test_one_changed_word_is_one_wrong_claim_at_that_word(objects, other, kind):
 def test_a_yes_about_an_object_is_right_where_a_no_is_wrong(objects, category):
     present = category in [o["category"] for o in objects]
     answers = [existence_answer(category, said) for said in (present, not present)]
-    assert making.rejections([answers], [{"objects": objects}], making.truth_judge) == [[0, 1]]
+    assert pairing.rejections([answers], [{"objects": objects}], pairing.truth_judge) == [[0, 1]]
 
 
 @given(SCENES, st.sampled_from([*PLACES]), st.integers(1, 9))
 def test_nothing_is_right_where_no_object_is_and_a_number_if_it_is_theirs(objects, place, number):
     answers = [f"{PLACES[place]} there is nothing.", f"There are {NUMBERS[number]} objects."]
     wrong = [place in [o["place"] for o in objects], number != len(objects)]
-    assert making.rejections([answers], [{"objects": objects}], making.truth_judge) == [wrong]
+    assert pairing.rejections([answers], [{"objects": objects}], pairing.truth_judge) == [wrong]
 
 
 @given(SCENES)
@@ -87,14 +120,19 @@ def test_claims_of_any_text_are_judged_asked_about_and_marked(text, objects):
             assert mentions(words) == [claim["category"]]
         else:
             assert words == claim["value"] or NUMBERS.index(words.split()[0]) == claim["value"]
-        assert making.as_question(claim)[1] == ("no" if claim["value"] is False else "yes")
+        assert pairing.as_question(claim)[1] == ("no" if claim["value"] is False else "yes")
     starts = [claim["start"] for claim in made]
-    assert starts == sorted(starts) and mark_html(text, spans).count("<del ") == len(spans)  # refuses spans that overlap or leave the text
+    assert starts == sorted(starts) and mark_html(text, spans).count("<del ") == len(
+        spans
+    )  # refuses spans that overlap or leave the text
 
 
 @given(TEXTS, TEXTS)
 def test_lines_are_judged_one_by_one(first, second):
-    moved = [c | {"start": c["start"] + len(first) + 1, "end": c["end"] + len(first) + 1} for c in claims(second)]
+    moved = [
+        c | {"start": c["start"] + len(first) + 1, "end": c["end"] + len(first) + 1}
+        for c in claims(second)
+    ]
     assert claims(f"{first}\n{second}") == claims(first) + moved
 
 
@@ -102,42 +140,71 @@ def test_lines_are_judged_one_by_one(first, second):
 @example("A cup. . .")
 def test_sentences_lose_nothing_but_space_and_full_stops_of_no_sentence(text):
     def letters(part):
-        return "".join(character for character in part if not character.isspace() and character not in ".!?")
+        return "".join(
+            character for character in part if not character.isspace() and character not in ".!?"
+        )
 
-    found = making.sentences(text)
+    found = pairing.sentences(text)
     assert "".join(map(letters, found)) == letters(text)
-    assert all(letters(sentence) and making.sentences(sentence) == [sentence] and sentence in text for sentence in found)
+    assert all(
+        letters(sentence) and pairing.sentences(sentence) == [sentence] and sentence in text
+        for sentence in found
+    )
 
 
 # pairs
 
-ANSWERS = st.lists(st.tuples(st.text("ab ", max_size=6), st.integers(0, 3)), max_size=6, unique_by=lambda pair: pair[0])
+ANSWERS = st.lists(
+    st.tuples(st.text("ab ", max_size=6), st.integers(0, 3)),
+    max_size=6,
+    unique_by=lambda pair: pair[0],
+)
 PAIRS = st.lists(
-    st.tuples(st.integers(1, 60), st.integers(1, 60)).map(lambda size: {"chosen": "a " * size[0], "rejected": "b " * size[1]}), max_size=8
+    st.tuples(st.integers(1, 60), st.integers(1, 60)).map(
+        lambda size: {"chosen": "a " * size[0], "rejected": "b " * size[1]}
+    ),
+    max_size=8,
 )
 
 
 @given(ANSWERS, SEEDS)
 def test_candidates_are_a_strict_order_by_mistakes(answers, rng):
     counts = dict(answers)
-    pairs = making.candidates(list(counts), list(counts.values()))
-    assert all(counts[better] < counts[worse] and better.strip() and worse.strip() for better, worse in pairs)
+    pairs = pairing.candidates(list(counts), list(counts.values()))
+    assert all(
+        counts[better] < counts[worse] and better.strip() and worse.strip()
+        for better, worse in pairs
+    )
     ranks = Counter(count for text, count in answers if text.strip())
-    assert len(set(pairs)) == len(pairs) == (sum(ranks.values()) ** 2 - sum(n * n for n in ranks.values())) // 2  # all but the ties
-    drawn = making.pair_up(list(counts), list(counts.values()), rng)
+    assert (
+        len(set(pairs))
+        == len(pairs)
+        == (sum(ranks.values()) ** 2 - sum(n * n for n in ranks.values())) // 2
+    )  # all but the ties
+    drawn = pairing.pair_up(list(counts), list(counts.values()), rng)
     assert len(set(drawn)) == len(drawn) == min(2, len(pairs)) and set(drawn) <= set(pairs)
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["It is a cup.", "A cup.", "A red cup and a big dog.", "Hm."]), st.integers(0, 3)), max_size=6),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["It is a cup.", "A cup.", "A red cup and a big dog.", "Hm."]),
+            st.integers(0, 3),
+        ),
+        max_size=6,
+    ),
     SEEDS,
 )
 def test_the_best_answer_meets_a_longer_and_a_shorter_worse_one(answers, rng):
     said = [(text, count) for text, count in answers if "cup" in text]
-    pairs = making.pair_with_best([text for text, _ in answers], [count for _, count in answers], rng)
+    pairs = pairing.pair_with_best(
+        [text for text, _ in answers], [count for _, count in answers], rng
+    )
     fewest = min((count for _, count in said), default=0)
     for chosen, rejected in pairs:
-        assert (chosen, fewest) in said and any(text == rejected and count > fewest for text, count in said)
+        assert (chosen, fewest) in said and any(
+            text == rejected and count > fewest for text, count in said
+        )
     longer = [len(rejected.split()) > len(chosen.split()) for chosen, rejected in pairs]
     assert longer in ([], [True], [False], [True, False])
     assert bool(pairs) == any(count > fewest for _, count in said)
@@ -147,23 +214,31 @@ def test_the_best_answer_meets_a_longer_and_a_shorter_worse_one(answers, rng):
 @example([{"chosen": "Yes", "rejected": "no " * 60}])
 def test_no_other_threshold_balances_better(pairs):
     def kept(share):
-        return [pair for pair in pairs if making.gap(pair) <= share * len(pair["rejected"].split()) + 1e-9]
+        return [
+            pair
+            for pair in pairs
+            if pairing.gap(pair) <= share * len(pair["rejected"].split()) + 1e-9
+        ]
 
     if not kept(0.98):
         with pytest.raises(ValueError, match="no pair"):
-            making.balance_by_threshold(pairs)
+            pairing.balance_by_threshold(pairs)
         return
-    balanced, threshold = making.balance_by_threshold(pairs)
+    balanced, threshold = pairing.balance_by_threshold(pairs)
     assert balanced == kept(threshold)
     others = [kept(share / 50) for share in range(50)]
-    assert abs(mean(map(making.gap, balanced))) == min(abs(mean(map(making.gap, other))) for other in others if other)
+    assert abs(mean(map(pairing.gap, balanced))) == min(
+        abs(mean(map(pairing.gap, other))) for other in others if other
+    )
 
 
 @given(PAIRS, SEEDS)
 def test_balancing_at_random_drops_only_what_brings_the_words_of_both_sides_closer(pairs, rng):
     """In sum: the mean may move away, as with gaps of 9 and −4 words, where the pair with 9 is dropped."""
     numbered = [pair | {"row": number} for number, pair in enumerate(pairs)]
-    kept = making.balance_at_random(numbered, rng)
-    assert len({pair["row"] for pair in kept}) == len(kept) and all(pair in numbered for pair in kept)
-    before, after = (abs(sum(map(making.gap, rows))) for rows in (pairs, kept))
+    kept = pairing.balance_at_random(numbered, rng)
+    assert len({pair["row"] for pair in kept}) == len(kept) and all(
+        pair in numbered for pair in kept
+    )
+    before, after = (abs(sum(map(pairing.gap, rows))) for rows in (pairs, kept))
     assert after < before or (len(kept) == len(pairs) and after == before)

@@ -13,7 +13,7 @@ from utils import chat, models, preferences, rewards, training
 from utils.settings import PROFILES, ROOT
 
 SETTINGS = PROFILES["embedded"]
-NOTEBOOK = ROOT / "notebooks" / "03_dpo_loss_by_hand.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "05_dpo_loss_by_hand.ipynb"
 TAUGHT = ("sigmoid", "hinge", "robust", "ipo", "sigmoid_norm", "MPO")
 
 
@@ -24,8 +24,14 @@ def rows():
 
 def noisy_trainer(processor, rows, output, **changes):
     """A trainer whose adapter is not zero: at step 0 every mistake gives ln 2."""
-    changes |= {"per_device_eval_batch_size": len(rows), "save_strategy": "no", "disable_tqdm": True}
-    trainer = training.make_trainer(SETTINGS, models.load_model(SETTINGS), processor, rows, output, **changes)
+    changes |= {
+        "per_device_eval_batch_size": len(rows),
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = training.make_trainer(
+        SETTINGS, models.load_model(SETTINGS), processor, rows, output, **changes
+    )
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -41,9 +47,21 @@ def trainer(processor, rows, tmp_path_factory):
 @pytest.fixture(scope="module")
 def notebook():
     """What the notebook defines, run alone: its functions, VARIANTS and LOSSES."""
-    cells = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    nodes = [node for source in cells for node in ast.parse(TransformerManager().transform_cell(source)).body]
-    wanted = [node for node in nodes if isinstance(node, ast.FunctionDef) or defines(node) in ("VARIANTS", "LOSSES")]
+    cells = [
+        cell.source
+        for cell in nbformat.read(NOTEBOOK, as_version=4).cells
+        if cell.cell_type == "code"
+    ]
+    nodes = [
+        node
+        for source in cells
+        for node in ast.parse(TransformerManager().transform_cell(source)).body
+    ]
+    wanted = [
+        node
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) or defines(node) in ("VARIANTS", "LOSSES")
+    ]
     namespace = {"torch": torch, "F": F, "settings": SETTINGS}
     exec(compile(ast.Module(wanted, type_ignores=[]), NOTEBOOK.name, "exec"), namespace)
     return namespace
@@ -51,7 +69,13 @@ def notebook():
 
 def defines(node):
     """The name that an assignment (also `|=`) gives a value, else None."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AugAssign)
+        else []
+    )
     return targets[0].id if targets and isinstance(targets[0], ast.Name) else None
 
 
@@ -59,10 +83,16 @@ def as_tensors(logps):
     return {name: torch.tensor(values) for name, values in logps.items()}
 
 
-LOGITS = torch.tensor([[[5.0, 0, 0], [0, 1.0, 0], [0, 0, 3.0], [9.0, 9, 0]], [[1.0, 2, 3], [2.0, 0, 0], [7.0, 7, 7], [0, 0, 0]]])
+LOGITS = torch.tensor(
+    [
+        [[5.0, 0, 0], [0, 1.0, 0], [0, 0, 3.0], [9.0, 9, 0]],
+        [[1.0, 2, 3], [2.0, 0, 0], [7.0, 7, 7], [0, 0, 0]],
+    ]
+)
 IDS, MASK = torch.tensor([[0, 2, 1, 2], [1, 1, 0, 2]]), torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]])
 BY_HAND = [
-    math.log(math.e / (math.e + 2)) + math.log(math.e**3 / (math.e**3 + 2)),  # logits before each token: at positions 1 and 2
+    math.log(math.e / (math.e + 2))
+    + math.log(math.e**3 / (math.e**3 + 2)),  # logits before each token: at positions 1 and 2
     math.log(math.e**2 / (math.e**2 + 2)),
 ]
 
@@ -74,7 +104,9 @@ def test_answer_logps_by_hand():
 def test_answer_logps_ignores_what_is_not_in_the_answer():
     other = LOGITS.clone()
     other[:, 0], other[:, 3], other[1, 2] = 50.0, -50.0, torch.tensor([1.0, 2.0, 3.0])
-    assert torch.equal(rewards.answer_logps(other, IDS, MASK), rewards.answer_logps(LOGITS, IDS, MASK))
+    assert torch.equal(
+        rewards.answer_logps(other, IDS, MASK), rewards.answer_logps(LOGITS, IDS, MASK)
+    )
 
 
 def test_answer_logps_of_16_bit_logits_is_computed_in_32():
@@ -89,19 +121,30 @@ def test_answer_logps_of_16_bit_logits_is_computed_in_32():
 
 def test_the_notebook_teaches_the_same_answer_logps(notebook):
     assert notebook["answer_logps"] is not rewards.answer_logps
-    assert torch.equal(notebook["answer_logps"](LOGITS, IDS, MASK), rewards.answer_logps(LOGITS, IDS, MASK))
+    assert torch.equal(
+        notebook["answer_logps"](LOGITS, IDS, MASK), rewards.answer_logps(LOGITS, IDS, MASK)
+    )
 
 
 def test_rewards_by_hand():
-    logps = {"chosen": [-0.9], "rejected": [-2.5], "reference_chosen": [-1.3], "reference_rejected": [-1.7]}
+    logps = {
+        "chosen": [-0.9],
+        "rejected": [-2.5],
+        "reference_chosen": [-1.3],
+        "reference_rejected": [-1.7],
+    }
     result = rewards.rewards({name: np.array(values) for name, values in logps.items()}, beta=0.5)
-    assert {name: float(values[0]) for name, values in result.items()} == pytest.approx({"chosen": 0.2, "rejected": -0.4, "margin": 0.6})
+    assert {name: float(values[0]) for name, values in result.items()} == pytest.approx(
+        {"chosen": 0.2, "rejected": -0.4, "margin": 0.6}
+    )
 
 
 def test_pair_logps_is_what_the_trainer_logs(trainer, processor, rows):
     logps = rewards.pair_logps(trainer.model, processor, rows, SETTINGS)
     ours, logged = rewards.rewards(logps, SETTINGS.beta), trainer.evaluate(rows)
-    assert {values.dtype for values in logps.values()} == {np.dtype("float64")} and {len(values) for values in logps.values()} == {8}
+    assert {values.dtype for values in logps.values()} == {np.dtype("float64")} and {
+        len(values) for values in logps.values()
+    } == {8}
     for side in ("chosen", "rejected"):
         assert logps[side].mean() == pytest.approx(logged[f"eval_logps/{side}"], rel=1e-5)
         assert ours[side].mean() == pytest.approx(logged[f"eval_rewards/{side}"], abs=1e-5)
@@ -113,16 +156,23 @@ def test_pair_logps_is_what_the_trainer_logs(trainer, processor, rows):
 def test_pair_logps_does_not_depend_on_the_batch(trainer, processor, rows):
     together = rewards.pair_logps(trainer.model, processor, rows, SETTINGS)
     for size in (1, 3):
-        apart = rewards.pair_logps(trainer.model, processor, list(rows), dataclasses.replace(SETTINGS, batch_size=size))
+        apart = rewards.pair_logps(
+            trainer.model, processor, list(rows), dataclasses.replace(SETTINGS, batch_size=size)
+        )
         for name, values in together.items():
             np.testing.assert_allclose(apart[name], values, rtol=0, atol=1e-4, err_msg=name)
-    assert len(set(together["chosen_tokens"])) > 1, "with answers of one length there is no padding to go wrong"
+    assert len(set(together["chosen_tokens"])) > 1, (
+        "with answers of one length there is no padding to go wrong"
+    )
 
 
 def test_pair_logps_counts_the_answers_tokens(trainer, processor, rows):
     logps = rewards.pair_logps(trainer.model, processor, rows, SETTINGS)
     counts = chat.check_tokens(rows[3], processor)
-    assert (logps["chosen_tokens"][3], logps["rejected_tokens"][3]) == (counts["chosen_tokens"], counts["rejected_tokens"])
+    assert (logps["chosen_tokens"][3], logps["rejected_tokens"][3]) == (
+        counts["chosen_tokens"],
+        counts["rejected_tokens"],
+    )
 
 
 def test_pair_logps_leaves_the_model_as_it_was(trainer, processor, rows):
@@ -150,7 +200,9 @@ def test_every_loss_of_the_notebook_is_trl_s(name, notebook, processor, rows, tm
     ours = notebook["LOSSES"][name](logps, changes["beta"]).mean().item()
     assert ours == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=1e-5)
     no_preference = logps | {side: logps[f"reference_{side}"] for side in ("chosen", "rejected")}
-    assert abs(notebook["LOSSES"][name](no_preference, changes["beta"]).mean().item() - ours) > 1e-3, "too little noise to tell"
+    assert (
+        abs(notebook["LOSSES"][name](no_preference, changes["beta"]).mean().item() - ours) > 1e-3
+    ), "too little noise to tell"
 
 
 def test_the_notebook_compares_the_losses_tested_here(notebook):

@@ -42,12 +42,18 @@ def test_the_trap_would_snap(tmp_path):
 def test_code_that_a_model_brings_along_is_not_run(model, tmp_path):
     folder, settings = model
     code = f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Other: pass\n"
-    for name, kinds in {"config.json": ("AutoConfig", "AutoModelForImageTextToText"), "processor_config.json": ("AutoProcessor",)}.items():
+    for name, kinds in {
+        "config.json": ("AutoConfig", "AutoModelForImageTextToText"),
+        "processor_config.json": ("AutoProcessor",),
+    }.items():
         content = json.loads((folder / name).read_text())
         content["auto_map"] = {kind: "other.Other" for kind in kinds}
         (folder / name).write_text(json.dumps(content))
     (folder / "other.py").write_text(code)
-    assert models.load_processor(settings).chat_template == models.load_processor(SETTINGS).chat_template
+    assert (
+        models.load_processor(settings).chat_template
+        == models.load_processor(SETTINGS).chat_template
+    )
     models.load_model(settings)
     assert not (tmp_path / "sprung").exists()
 

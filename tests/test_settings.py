@@ -29,7 +29,9 @@ def test_locate_finds_what_the_repository_ships_and_leaves_hub_names():
     assert settings.locate("HuggingFaceM4/idefics2-8b") == "HuggingFaceM4/idefics2-8b"
 
 
-@pytest.mark.parametrize(("profile", "device"), [("smolvlm", 15e9), ("qwen", 15e9), ("idefics2", 24e9)])
+@pytest.mark.parametrize(
+    ("profile", "device"), [("smolvlm", 15e9), ("qwen", 15e9), ("idefics2", 24e9)]
+)
 def test_the_estimate_says_that_a_profile_fits_its_gpu_with_a_margin(profile, device):
     chosen = settings.PROFILES[profile]
     longest = memory.estimate(chosen, chosen.token_budget - memory.image_tokens(chosen))
@@ -38,10 +40,16 @@ def test_the_estimate_says_that_a_profile_fits_its_gpu_with_a_margin(profile, de
 
 
 def test_no_code_of_a_model_or_data_set_is_run():
-    files = [path for folder in ("utils", "notebooks", "embedded", "benchmarks") for path in (settings.ROOT / folder).glob("*.*")]
+    files = [
+        path
+        for folder in ("utils", "notebooks", "embedded", "benchmarks")
+        for path in (settings.ROOT / folder).glob("*.*")
+    ]
     texts = {path.name: path.read_text() for path in files if path.suffix in (".py", ".ipynb")}
     assert len(texts) > 30
-    assert not [name for name, text in texts.items() if re.search(r"trust_remote_code\W+(?!False)\w", text)]
+    assert not [
+        name for name, text in texts.items() if re.search(r"trust_remote_code\W+(?!False)\w", text)
+    ]
 
 
 def test_a_revision_is_a_branch_or_a_whole_commit():

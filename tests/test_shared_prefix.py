@@ -39,7 +39,9 @@ CASES = {
 
 @pytest.fixture(scope="session")
 def row():
-    texts = chat.conversation({"question": "What is this?", "chosen": "A cup.", "rejected": "A dog."})
+    texts = chat.conversation(
+        {"question": "What is this?", "chosen": "A cup.", "rejected": "A dog."}
+    )
     return {"images": [Image.new("RGB", (64, 64), "red")], **texts}
 
 
@@ -50,13 +52,29 @@ def make(processor, row, tmp_path):
 
 
 def make_trainer(processor, row, output, kind, model, lora=LANGUAGE, **changes):
-    settings = {"output_dir": output, "use_cpu": True, "bf16": False, "report_to": "none", "max_length": None}
+    settings = {
+        "output_dir": output,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_length": None,
+    }
     settings |= {"gradient_checkpointing": False, "disable_tqdm": True}
-    arguments = {"train_dataset": Dataset.from_list([row])} if "train_dataset" not in changes else {}
-    arguments |= {name: changes.pop(name) for name in ("ref_model", "train_dataset", "eval_dataset", "data_collator") if name in changes}
+    arguments = (
+        {"train_dataset": Dataset.from_list([row])} if "train_dataset" not in changes else {}
+    )
+    arguments |= {
+        name: changes.pop(name)
+        for name in ("ref_model", "train_dataset", "eval_dataset", "data_collator")
+        if name in changes
+    }
     if lora:
-        arguments["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=lora)
-    trainer = kind(model=model, args=DPOConfig(**settings | changes), processing_class=processor, **arguments)
+        arguments["peft_config"] = LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=lora
+        )
+    trainer = kind(
+        model=model, args=DPOConfig(**settings | changes), processing_class=processor, **arguments
+    )
     trainer.remove_callback(PrinterCallback)
     randomise(trainer.model)
     trainer.model.train()
@@ -77,8 +95,14 @@ def step(trainer, batch):
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
-    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss.item(), {name: values[-1] for name, values in trainer._metrics["train"].items()}, gradients
+    gradients = {
+        name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
+    return (
+        loss.item(),
+        {name: values[-1] for name, values in trainer._metrics["train"].items()},
+        gradients,
+    )
 
 
 def assert_same_step(stock, ours, batches):
@@ -87,10 +111,18 @@ def assert_same_step(stock, ours, batches):
     Metrics above 1 are compared relative to their size. A gradient 1,000 times shorter than the longest is compared with
     that thousandth: some are zero but for rounding (the bias of a key shifts all scores alike).
     """
-    (loss, metrics, gradients), (our_loss, our_metrics, our_gradients) = step(stock, batches[0]), step(ours, batches[1])
+    (loss, metrics, gradients), (our_loss, our_metrics, our_gradients) = (
+        step(stock, batches[0]),
+        step(ours, batches[1]),
+    )
     assert gradients and gradients.keys() == our_gradients.keys()
     floor = max(1e-12, *(gradient.norm() / 1000 for gradient in gradients.values()))
-    worst = max(((our_gradients[name] - gradients[name]).norm() / gradients[name].norm().clamp(min=floor)).item() for name in gradients)
+    worst = max(
+        (
+            (our_gradients[name] - gradients[name]).norm() / gradients[name].norm().clamp(min=floor)
+        ).item()
+        for name in gradients
+    )
     assert our_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-5)
     assert our_loss == pytest.approx(loss, rel=1e-6, abs=1e-6)
     assert worst < 1e-4
@@ -105,7 +137,11 @@ def log_probs(trainer, batch):
     """Per-token log-probabilities (2n, T - 1) of the policy."""
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    run = trainer.run if isinstance(trainer, SharedPrefixDPOTrainer) else lambda model, **rest: model(**rest)
+    run = (
+        trainer.run
+        if isinstance(trainer, SharedPrefixDPOTrainer)
+        else lambda model, **rest: model(**rest)
+    )
     with torch.no_grad():
         return run(trainer.model, **inputs, labels=labels, fused_lm_head=True).log_probs
 
@@ -135,9 +171,16 @@ def test_a_step_is_the_same_in_hard_cases(family, case, make):
     assert assert_same_step(stock, ours, tiny_batch(tiny_model(family), CASES[case]))["loss"] == 0
 
 
-@pytest.mark.parametrize(("images", "max_length", "left"), [(1, 30, [16, 5, 16, 21]), (1, 14, [0, 5, 0, 5]), (0, 4, [0, 0, 0, 0])])
+@pytest.mark.parametrize(
+    ("images", "max_length", "left"),
+    [(1, 30, [16, 5, 16, 21]), (1, 14, [0, 5, 0, 5]), (0, 4, [0, 0, 0, 0])],
+)
 def test_a_step_is_the_same_with_answers_cut_short_or_off(images, max_length, left, make):
-    batches = tiny_batch(tiny_model("smolvlm"), [Pair(9, images, 30, 40), Pair(4, images, 5, 30)], max_length=max_length)
+    batches = tiny_batch(
+        tiny_model("smolvlm"),
+        [Pair(9, images, 30, 40), Pair(4, images, 5, 30)],
+        max_length=max_length,
+    )
     assert batches[0]["completion_mask"].sum(1).tolist() == left
     stock, ours = (make(kind, tiny_model("smolvlm")) for kind in BOTH)
     assert_same_step(stock, ours, batches)
@@ -150,7 +193,10 @@ def test_identical_answers_get_identical_log_probabilities(make):
     batches = tiny_batch(tiny_model("qwen3_vl"), [Pair(5, 1, 7, 7), Pair(3, 1, 4, 4)])
     for batch in batches:
         batch["input_ids"][2:] = batch["input_ids"][:2]
-    (loss, metrics, _), (our_loss, our_metrics, gradients) = step(stock, batches[0]), step(ours, batches[1])
+    (loss, metrics, _), (our_loss, our_metrics, gradients) = (
+        step(stock, batches[0]),
+        step(ours, batches[1]),
+    )
     assert our_loss == loss and our_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-5)
     assert max(gradient.abs().max() for gradient in gradients.values()) < 1e-7
     chosen, rejected = log_probs(ours, batches[1]).chunk(2)
@@ -161,7 +207,10 @@ def test_identical_answers_get_identical_log_probabilities(make):
 @pytest.mark.parametrize("lora", [LANGUAGE, "all-linear"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_step_is_the_same_with_gradient_checkpointing(family, lora, reentrant, make):
-    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    checkpointing = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
     stock, ours = (make(kind, tiny_model(family), lora, **checkpointing) for kind in BOTH)
     assert_same_step(stock, ours, tiny_batch(tiny_model(family), PAIRS))
 
@@ -183,7 +232,9 @@ def test_a_step_is_the_same_for_a_second_round_on_an_adapter(make):
     """The reference is then the adapter as it was ("ref")."""
 
     def adapted():
-        model = get_peft_model(tiny_model("qwen2_vl"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LANGUAGE))
+        model = get_peft_model(
+            tiny_model("qwen2_vl"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LANGUAGE)
+        )
         randomise(model)
         return model
 
@@ -214,12 +265,19 @@ LOSSES = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_
 @pytest.mark.parametrize(
     "settings",
     [{"loss_type": [loss]} for loss in LOSSES.split()]
-    + [{"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0]}, {"ld_alpha": 0.5}, {"use_weighting": True}]
+    + [
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0]},
+        {"ld_alpha": 0.5},
+        {"use_weighting": True},
+    ]
     + [{"f_divergence_type": "js_divergence"}],
     ids=str,
 )
 def test_a_step_is_the_same_for_every_loss(settings, make):
-    stock, ours = (make(kind, tiny_model("idefics3"), label_smoothing=0.1, beta=0.02, **settings) for kind in BOTH)
+    stock, ours = (
+        make(kind, tiny_model("idefics3"), label_smoothing=0.1, beta=0.02, **settings)
+        for kind in BOTH
+    )
     assert_same_step(stock, ours, tiny_batch(tiny_model("idefics3"), PAIRS))
 
 
@@ -230,10 +288,20 @@ def test_metrics_of_an_evaluation_with_outputs_are_the_same(make):
         trainer = make(kind, tiny_model("qwen2_5_vl"))
         trainer.model.eval()
         with pytest.warns(FutureWarning, match="return_outputs"):
-            loss, logits, _ = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=False)
-        results.append((loss.item(), logits, {name: values[-1] for name, values in trainer._metrics["eval"].items()}))
+            loss, logits, _ = trainer.prediction_step(
+                trainer.model, dict(batch), prediction_loss_only=False
+            )
+        results.append(
+            (
+                loss.item(),
+                logits,
+                {name: values[-1] for name, values in trainer._metrics["eval"].items()},
+            )
+        )
     (loss, logits, metrics), (our_loss, our_logits, our_metrics) = results
-    assert our_loss == pytest.approx(loss, abs=1e-6) and our_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+    assert our_loss == pytest.approx(loss, abs=1e-6) and our_metrics == pytest.approx(
+        metrics, rel=1e-5, abs=1e-5
+    )
     assert torch.equal(our_logits, logits)
 
 
@@ -241,9 +309,17 @@ def seen_by_the_vision_tower(trainer, batch):
     """(forwards, numbers that went in, backwards) of the first linear layer of the vision tower in one step."""
     backbone = shared_prefix.backbone_of(trainer.model)
     language = set(backbone.get_decoder().modules())
-    layer = next(module for module in backbone.modules() if isinstance(module, torch.nn.Linear) and module not in language)
+    layer = next(
+        module
+        for module in backbone.modules()
+        if isinstance(module, torch.nn.Linear) and module not in language
+    )
     sizes, backwards = [], []
-    hooks = [layer.register_forward_hook(lambda _module, inputs, _output: sizes.append(inputs[0].numel()))]
+    hooks = [
+        layer.register_forward_hook(
+            lambda _module, inputs, _output: sizes.append(inputs[0].numel())
+        )
+    ]
     hooks += [layer.register_full_backward_hook(lambda *_: backwards.append(1))]
     step(trainer, batch)
     for hook in hooks:
@@ -275,7 +351,9 @@ def test_a_trained_vision_tower_sees_each_image_once_per_forward(make):
     "train",
     [
         lambda backbone: backbone.connector.requires_grad_(True),
-        lambda backbone: get_peft_model(backbone, LoraConfig(target_modules=".*connector.*proj")).requires_grad_(False),
+        lambda backbone: get_peft_model(
+            backbone, LoraConfig(target_modules=".*connector.*proj")
+        ).requires_grad_(False),
         lambda backbone: backbone.vision_model.register_module("drop", torch.nn.Dropout(0.1)),
         lambda backbone: setattr(backbone.config.vision_config, "attention_dropout", 0.1),
     ],
@@ -322,7 +400,9 @@ def test_rows_longer_than_a_sliding_window_run_as_two(window, packs, make):
 def test_an_empty_prompt_runs_as_two_rows(make):
     stock, ours = (make(kind, tiny_model("idefics3")) for kind in BOTH)
     with pytest.warns(UserWarning, match="a prompt is empty"):
-        assert same_to_the_last_bit(stock, ours, tiny_batch(tiny_model("idefics3"), [Pair(0, 0, 4, 6), Pair(3, 0, 2, 3)]))
+        assert same_to_the_last_bit(
+            stock, ours, tiny_batch(tiny_model("idefics3"), [Pair(0, 0, 4, 6), Pair(3, 0, 2, 3)])
+        )
 
 
 def test_every_reason_against_packing_is_named(make):
@@ -331,7 +411,10 @@ def test_every_reason_against_packing_is_named(make):
 
     def reason(**changes):
         return shared_prefix.why_not_packed(
-            trainer.model, DPOConfig(**{"output_dir": "x", "use_cpu": True, "bf16": False, "max_length": None} | changes)
+            trainer.model,
+            DPOConfig(
+                **{"output_dir": "x", "use_cpu": True, "bf16": False, "max_length": None} | changes
+            ),
         )
 
     assert reason() is None and trainer.packs
@@ -380,7 +463,11 @@ def positions_run_on(monkeypatch, _trainer):
 
     def pack(pairs, rows):
         packed = right(pairs, rows)
-        return torch.arange(packed.shape[1]).expand_as(packed) if torch.equal(rows[0], torch.arange(rows.shape[1])) else packed
+        return (
+            torch.arange(packed.shape[1]).expand_as(packed)
+            if torch.equal(rows[0], torch.arange(rows.shape[1]))
+            else packed
+        )
 
     monkeypatch.setattr(PackedPairs, "pack", pack)
 
@@ -394,7 +481,11 @@ def one_position_per_token(monkeypatch, trainer):
 
 def no_image_blocks(monkeypatch, _trainer):
     right = PackedPairs.mask
-    monkeypatch.setattr(PackedPairs, "mask", lambda pairs, attention, dtype, _token_type_ids=None: right(pairs, attention, dtype))
+    monkeypatch.setattr(
+        PackedPairs,
+        "mask",
+        lambda pairs, attention, dtype, _token_type_ids=None: right(pairs, attention, dtype),
+    )
 
 
 def features_of_a_trained_tower_shared(monkeypatch, _trainer):
@@ -406,7 +497,9 @@ def first_rejected_token_predicted_by_the_chosen_answer(monkeypatch, _trainer):
 
     def init(pairs, attention_mask, labels):
         right(pairs, attention_mask, labels)
-        first = (pairs.column == pairs.column.gather(1, pairs.branch.eq(2).int().argmax(1, keepdim=True))) & (pairs.branch == 2)
+        first = (
+            pairs.column == pairs.column.gather(1, pairs.branch.eq(2).int().argmax(1, keepdim=True))
+        ) & (pairs.branch == 2)
         pairs.predicted_at = pairs.predicted_at - first[pairs.pair, pairs.predicted_at].int()
 
     monkeypatch.setattr(PackedPairs, "__init__", init)
@@ -414,9 +507,15 @@ def first_rejected_token_predicted_by_the_chosen_answer(monkeypatch, _trainer):
 
 MISTAKES = {
     "the rejected answer sees the chosen one": ("llava", wrong_mask(torch.zeros_like)),
-    "the last prompt token counts twice": ("smolvlm", wrong_mask(lambda branch: branch * ~first_of(branch, 1))),
+    "the last prompt token counts twice": (
+        "smolvlm",
+        wrong_mask(lambda branch: branch * ~first_of(branch, 1)),
+    ),
     "positions do not restart": ("idefics2", positions_run_on),
-    "the first rejected token follows the chosen answer": ("internvl", first_rejected_token_predicted_by_the_chosen_answer),
+    "the first rejected token follows the chosen answer": (
+        "internvl",
+        first_rejected_token_predicted_by_the_chosen_answer,
+    ),
     "M-RoPE ignored in Qwen2-VL": ("qwen2_vl", one_position_per_token),
     "M-RoPE ignored in Qwen2.5-VL": ("qwen2_5_vl", one_position_per_token),
     "M-RoPE ignored in Qwen3-VL": ("qwen3_vl", one_position_per_token),
@@ -458,7 +557,9 @@ def test_the_mask_of_a_pair_by_hand():
         xx...xx.
         xx...xxx""".split()
     masks = pairs.mask("sdpa", torch.float32)[:, 0]
-    assert ["".join("x" if sees else "." for sees in place) for place in masks[0].tolist()] == expected
+    assert [
+        "".join("x" if sees else "." for sees in place) for place in masks[0].tolist()
+    ] == expected
     eager = pairs.mask("eager", torch.float32)[:, 0]
     assert torch.equal(eager == 0, masks) and eager.min() == torch.finfo(torch.float32).min
 
@@ -472,8 +573,12 @@ def rows():
 
 
 def embedded(make, kind, rows, **changes):
-    trainer = make(kind, models.load_model(SETTINGS), SETTINGS.lora_target, train_dataset=rows, **changes)
-    for parameter in trainer.model.parameters():  # TRL casts the adapter of a 4-bit model to bfloat16
+    trainer = make(
+        kind, models.load_model(SETTINGS), SETTINGS.lora_target, train_dataset=rows, **changes
+    )
+    for (
+        parameter
+    ) in trainer.model.parameters():  # TRL casts the adapter of a 4-bit model to bfloat16
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     randomise(trainer.model, 0.03)  # so that it still speaks
@@ -484,18 +589,29 @@ def assert_same_batch(stock, ours):
     """Text bit for bit; images once, and bit for bit when repeated. Returns how many images."""
     assert list(stock) == list(ours)
     for name, value in stock.items():
-        again = ours[name] if name in (*shared_prefix.TEXT, "completion_mask") else torch.cat([ours[name]] * 2)
+        again = (
+            ours[name]
+            if name in (*shared_prefix.TEXT, "completion_mask")
+            else torch.cat([ours[name]] * 2)
+        )
         assert torch.equal(value, again) and value.dtype == again.dtype, name
     return len(ours["pixel_values"]) if "pixel_values" in ours else 0
 
 
 @pytest.mark.parametrize("images", [[1, 1, 1], [0, 2, 1], [0, 0, 0]])
 @pytest.mark.parametrize("max_length", [None, 60])
-def test_the_collator_gives_the_stock_batch_with_each_image_once(images, max_length, rows, processor):
-    examples = [{name: value for name, value in row.items() if name != "image"} for row in rows.select(range(3))]
+def test_the_collator_gives_the_stock_batch_with_each_image_once(
+    images, max_length, rows, processor
+):
+    examples = [
+        {name: value for name, value in row.items() if name != "image"}
+        for row in rows.select(range(3))
+    ]
     for number, (example, count) in enumerate(zip(examples, images, strict=True)):
         example["images"] = [rows[number]["image"]] * count
-        example["prompt"] = [{"role": "user", "content": example["prompt"][0]["content"][-1]["text"]}]
+        example["prompt"] = [
+            {"role": "user", "content": example["prompt"][0]["content"][-1]["text"]}
+        ]
     kept = str(examples)
     stock = DataCollatorForVisionPreference(processor, max_length)
     batch = shared_prefix.collate_pairs(stock, examples)
@@ -506,15 +622,22 @@ def test_the_collator_gives_the_stock_batch_with_each_image_once(images, max_len
 def test_the_image_processor_runs_once_per_image(rows, processor, monkeypatch):
     processed, right = [], type(processor.image_processor).preprocess
     monkeypatch.setattr(
-        type(processor.image_processor), "preprocess", lambda self, images, **rest: processed.append(images) or right(self, images, **rest)
+        type(processor.image_processor),
+        "preprocess",
+        lambda self, images, **rest: processed.append(images) or right(self, images, **rest),
     )
-    shared_prefix.collate_pairs(DataCollatorForVisionPreference(processor), list(rows.select(range(3))))
+    shared_prefix.collate_pairs(
+        DataCollatorForVisionPreference(processor), list(rows.select(range(3)))
+    )
     assert len(processed) == 1 and len(processed[0]) == 3
 
 
 def test_a_step_is_the_same_in_4_bit(make, rows):
     stock, ours = (embedded(make, kind, rows, gradient_checkpointing=True) for kind in BOTH)
-    batches = [trainer.data_collator([dict(row) for row in rows.select(range(4))]) for trainer in (stock, ours)]
+    batches = [
+        trainer.data_collator([dict(row) for row in rows.select(range(4))])
+        for trainer in (stock, ours)
+    ]
     assert any(isinstance(module, bnb.nn.Linear4bit) for module in ours.model.modules())
     assert assert_same_batch(*batches) == 4
     assert_same_step(stock, ours, batches)
@@ -522,7 +645,10 @@ def test_a_step_is_the_same_in_4_bit(make, rows):
 
 def test_text_without_images_is_packed_too(make, rows):
     texts = [
-        {name: [{"role": m["role"], "content": m["content"][-1]["text"]} for m in row[name]] for name in ("prompt", "chosen", "rejected")}
+        {
+            name: [{"role": m["role"], "content": m["content"][-1]["text"]} for m in row[name]]
+            for name in ("prompt", "chosen", "rejected")
+        }
         for row in rows
     ]
     stock, ours = (embedded(make, kind, Dataset.from_list(texts)) for kind in BOTH)
@@ -536,7 +662,11 @@ NOT_COMPARED = ("runtime", "per_second", "total_flos")
 
 def logged(trainer):
     return [
-        {name: value for name, value in entry.items() if not any(part in name for part in NOT_COMPARED)}
+        {
+            name: value
+            for name, value in entry.items()
+            if not any(part in name for part in NOT_COMPARED)
+        }
         for entry in trainer.state.log_history
     ]
 
@@ -550,7 +680,9 @@ def assert_same_run(stock, ours):
 
 
 def assert_same_adapter(stock, ours):
-    for (name, expected), parameter in zip(stock.model.named_parameters(), ours.model.named_parameters(), strict=True):
+    for (name, expected), parameter in zip(
+        stock.model.named_parameters(), ours.model.named_parameters(), strict=True
+    ):
         if expected.requires_grad:
             torch.testing.assert_close(parameter[1], expected, rtol=0, atol=1e-4, msg=name)
 
@@ -564,25 +696,45 @@ def test_a_whole_run_logs_and_ends_the_same(make, rows, processor, tmp_path):
         "logging_steps": 1,
         "learning_rate": 1e-3,
     }
-    settings |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "dataloader_num_workers": 2, "save_steps": 2}
+    settings |= {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "dataloader_num_workers": 2,
+        "save_steps": 2,
+    }
     settings |= {"gradient_checkpointing": True, "eval_dataset": rows.select(range(40, 46))}
-    trainers = [embedded(make, kind, rows, output_dir=tmp_path / kind.__name__, **settings) for kind in BOTH]
+    trainers = [
+        embedded(make, kind, rows, output_dir=tmp_path / kind.__name__, **settings) for kind in BOTH
+    ]
     for trainer in trainers:
         trainer.train()
     assert_same_run(*trainers)
     assert logged(trainers[1])[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
     scenes = preferences.load(SETTINGS.dataset, "test[:8]")
-    first, second = (answer(t.model, processor, scenes["image"], scenes["question"], SETTINGS, max_new_tokens=24) for t in trainers)
+    first, second = (
+        answer(t.model, processor, scenes["image"], scenes["question"], SETTINGS, max_new_tokens=24)
+        for t in trainers
+    )
     assert first == second and len(set(first)) > 1
 
-    resumed = embedded(make, SharedPrefixDPOTrainer, rows, output_dir=tmp_path / "resumed", **settings)
+    resumed = embedded(
+        make, SharedPrefixDPOTrainer, rows, output_dir=tmp_path / "resumed", **settings
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "SharedPrefixDPOTrainer" / "checkpoint-2"))
     assert_same_adapter(trainers[1], resumed)
 
 
 def test_a_run_on_streamed_rows_is_the_same(make):
-    streamed = chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:48]").to_iterable_dataset())
-    settings = {"per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    streamed = chat.format_dataset(
+        preferences.load(SETTINGS.dataset, "train[:48]").to_iterable_dataset()
+    )
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
     trainers = [embedded(make, kind, streamed, **settings) for kind in BOTH]
     for trainer in trainers:
         trainer.train()
@@ -604,10 +756,22 @@ def test_two_processes_log_the_same(tmp_path):
     """Four pairs a step, two in each process, and seven to evaluate; this file runs as the program of both (below)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    place |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
+    place |= {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen(command, env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     stock, ours = (json.loads((tmp_path / f"{kind.__name__}.json").read_text()) for kind in BOTH)
     assert len(stock) == len(ours) == 4 and stock[0]["num_tokens"] > 500 and "eval_loss" in stock[2]
@@ -617,9 +781,20 @@ def test_two_processes_log_the_same(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    settings = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": True}
+    settings = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": True,
+    }
     pairs = chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:48]"))
-    settings |= {"eval_dataset": pairs.select(range(40, 47)), "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    settings |= {
+        "eval_dataset": pairs.select(range(40, 47)),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 2,
+    }
     make_here = partial(make_trainer, models.load_processor(SETTINGS), None, sys.argv[1])
     for kind in BOTH:
         trainer = embedded(make_here, kind, pairs, learning_rate=1e-3, **settings)

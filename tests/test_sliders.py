@@ -44,13 +44,17 @@ def test_without_a_kernel_the_profiles_chart_remains(shown):
     memory_sliders(PROFILES["idefics2"])
     bundle = bundles[0]
     assert bundle[WIDGET_VIEW]["model_id"]
-    assert bundle["text/html"] == memory_html(PROFILES["idefics2"], "nf4", 640), "what is saved holds no script"
+    assert bundle["text/html"] == memory_html(PROFILES["idefics2"], "nf4", 640), (
+        "what is saved holds no script"
+    )
     assert without_script(controls["page"].value) == bundle["text/html"]
     assert bundle["text/plain"].strip()
     assert alt(bundle["text/html"]).startswith("idefics2-8b, weights in nf4, LoRA rank 16")
 
 
-@pytest.mark.parametrize(("control", "value"), [("Weights", "bf16"), ("LoRA rank", 64), ("Pixels", 1500), ("Pairs", 8)])
+@pytest.mark.parametrize(
+    ("control", "value"), [("Weights", "bf16"), ("LoRA rank", 64), ("Pixels", 1500), ("Pairs", 8)]
+)
 def test_a_moved_slider_redraws_the_chart(shown, control, value):
     _, controls = shown
     memory_sliders(PROFILES["smolvlm"])
@@ -67,8 +71,13 @@ def test_another_profile_brings_its_own_values(shown):
     memory_sliders(PROFILES["embedded"])
     controls["Profile"].value = "qwen"
     qwen = PROFILES["qwen"]
-    assert (controls["LoRA rank"].value, controls["Pairs"].value) == (qwen.lora_rank, qwen.batch_size)
-    assert without_script(controls["page"].value) == memory_html(qwen, "nf4", controls["Pixels"].value)
+    assert (controls["LoRA rank"].value, controls["Pairs"].value) == (
+        qwen.lora_rank,
+        qwen.batch_size,
+    )
+    assert without_script(controls["page"].value) == memory_html(
+        qwen, "nf4", controls["Pixels"].value
+    )
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -79,7 +88,9 @@ def test_the_bars_are_the_estimate_and_end_at_its_total(profile):
     unit = 1e9 if total >= 1e9 else 1e6
     *bars, last = axes.patches
     assert [bar.get_width() * unit for bar in bars] == pytest.approx(list(components.values()))
-    assert last.get_width() * unit == pytest.approx(total) and bars[-1].get_x() + bars[-1].get_width() == pytest.approx(last.get_width())
+    assert last.get_width() * unit == pytest.approx(total) and bars[-1].get_x() + bars[
+        -1
+    ].get_width() == pytest.approx(last.get_width())
     assert ("GB" if unit == 1e9 else "MB") in axes.get_xlabel()
 
 
@@ -91,7 +102,12 @@ def test_the_chart_reaches_to_the_gpu_that_it_fits_into():
 
 
 def test_bytes_are_readable():
-    assert [readable(count) for count in (0, 26_112, 115_600_000, 6.447e9)] == ["0", "26.1 kB", "115.6 MB", "6.4 GB"]
+    assert [readable(count) for count in (0, 26_112, 115_600_000, 6.447e9)] == [
+        "0",
+        "26.1 kB",
+        "115.6 MB",
+        "6.4 GB",
+    ]
 
 
 def test_negative_bytes_are_refused():

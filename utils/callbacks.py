@@ -18,7 +18,9 @@ class LiveCurves(TrainerCallback):
         self.place, self.drawn = uuid4().hex, -math.inf
 
     def on_log(self, args, state, control, **kwargs):
-        if time.monotonic() - self.drawn >= 1:  # a picture takes longer than a step of a small model
+        if (
+            time.monotonic() - self.drawn >= 1
+        ):  # a picture takes longer than a step of a small model
             self.on_train_end(args, state, control)
 
     def on_train_end(self, args, state, control, **kwargs):

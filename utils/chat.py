@@ -4,7 +4,14 @@ from datasets import Dataset, Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from utils.images import read, upright_rgb
-from utils.preferences import REQUIRED_COLUMNS, TEXT_COLUMNS, refuse_special_tokens, require_columns, require_types, special_tokens
+from utils.preferences import (
+    REQUIRED_COLUMNS,
+    TEXT_COLUMNS,
+    refuse_special_tokens,
+    require_columns,
+    require_types,
+    special_tokens,
+)
 from utils.progress import progress
 
 
@@ -20,13 +27,18 @@ def answer_messages(answer, name="the answer"):
 
 def text_part(text, name):
     if not isinstance(text, str):  # a template would write None as the word "None"
-        raise ValueError(f"{name} is {type(text).__name__}, not text: drop the row; preferences.check lists all such rows")
+        raise ValueError(
+            f"{name} is {type(text).__name__}, not text: drop the row; preferences.check lists all such rows"
+        )
     return {"type": "text", "text": text}
 
 
 def conversation(row):
     """The texts of one row as messages: what `DPOTrainer` takes beside the images."""
-    answers = {name: answer_messages(row[name], named(f"{name} answer", row["question"])) for name in ("chosen", "rejected")}
+    answers = {
+        name: answer_messages(row[name], named(f"{name} answer", row["question"]))
+        for name in ("chosen", "rejected")
+    }
     return {"prompt": prompt_messages(row["question"])} | answers
 
 
@@ -40,11 +52,18 @@ def format_dataset(dataset, special_tokens=()):
     """
     require_columns(dataset.column_names, "the data set to format")
     require_types(dataset.features, "the data set to format")
-    columns = dataset.select_columns(REQUIRED_COLUMNS).cast_column("image", Image(decode=False))  # `read` decodes
+    columns = dataset.select_columns(REQUIRED_COLUMNS).cast_column(
+        "image", Image(decode=False)
+    )  # `read` decodes
     if isinstance(dataset, Dataset):
         return columns.rename_column("question", "prompt").with_transform(with_messages)
     # `rename_column` would encode every image of a stream anew.
-    return columns.map(streamed, with_indices=True, remove_columns=["question"], fn_kwargs={"tokens": special_tokens})
+    return columns.map(
+        streamed,
+        with_indices=True,
+        remove_columns=["question"],
+        fn_kwargs={"tokens": special_tokens},
+    )
 
 
 def with_messages(batch):
@@ -53,10 +72,16 @@ def with_messages(batch):
     make = {
         "prompt": lambda text, _: prompt_messages(text),
         "chosen": lambda text, question: answer_messages(text, named("chosen answer", question)),
-        "rejected": lambda text, question: answer_messages(text, named("rejected answer", question)),
+        "rejected": lambda text, question: answer_messages(
+            text, named("rejected answer", question)
+        ),
         "image": lambda image, question: read(image, named("image", question, image)),
     }
-    return batch | {name: [make[name](*pair) for pair in zip(batch[name], questions, strict=True)] for name in make if name in batch}
+    return batch | {
+        name: [make[name](*pair) for pair in zip(batch[name], questions, strict=True)]
+        for name in make
+        if name in batch
+    }
 
 
 def streamed(row, number, tokens):
@@ -64,7 +89,9 @@ def streamed(row, number, tokens):
     try:
         for column in TEXT_COLUMNS:
             refuse_special_tokens(tokens, row[column] or "", column)
-        return conversation(row) | {"image": read(row["image"], named("image", row["question"], row["image"]))}
+        return conversation(row) | {
+            "image": read(row["image"], named("image", row["question"], row["image"]))
+        }
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from error
 
@@ -87,7 +114,9 @@ def render(row, processor):
     for name in ("chosen", "rejected"):
         whole = processor.apply_chat_template(messages["prompt"] + messages[name], tokenize=False)
         if not whole.startswith(prompt):
-            raise ValueError(f"the chat template changes the prompt when an answer follows: {prompt!r} is not how {whole!r} begins")
+            raise ValueError(
+                f"the chat template changes the prompt when an answer follows: {prompt!r} is not how {whole!r} begins"
+            )
         rendered[name] = whole[len(prompt) :]
     return rendered
 
@@ -96,7 +125,11 @@ def training_batch(rows, processor):
     """What `DPOTrainer` feeds the model for `rows` of `format_dataset`: its own collator, chosen rows first, then rejected.
     ValueError when a text holds a special token of the model."""
     tokens = special_tokens(processor)
-    for name, text in ((name, row[name][-1]["content"][-1]["text"]) for row in rows for name in ("prompt", "chosen", "rejected")):
+    for name, text in (
+        (name, row[name][-1]["content"][-1]["text"])
+        for row in rows
+        for name in ("prompt", "chosen", "rejected")
+    ):
         refuse_special_tokens(tokens, text, name)
     return DataCollatorForVisionPreference(processor)([dict(row) for row in rows])
 
@@ -107,13 +140,28 @@ def inference_batch(images, questions, processor):
     Images in any mode, seen as in training (`images.upright_rgb`). ValueError unless each has its question, or when a question
     holds a special token of the model."""
     if not images or len(images) != len(questions):
-        raise ValueError(f"{len(images)} images and {len(questions)} questions: give one image, or more, and one question for each")
-    messages, tokens = [prompt_messages(question) for question in questions], special_tokens(processor)
+        raise ValueError(
+            f"{len(images)} images and {len(questions)} questions: give one image, or more, and one question for each"
+        )
+    messages, tokens = (
+        [prompt_messages(question) for question in questions],
+        special_tokens(processor),
+    )
     for question in questions:
         refuse_special_tokens(tokens, question, "question")
-    texts = [processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False) for message in messages]
+    texts = [
+        processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        for message in messages
+    ]
     nested = [[upright_rgb(image, f"image {number}")] for number, image in enumerate(images)]
-    return processor(images=nested, text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    return processor(
+        images=nested,
+        text=texts,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
 
 
 def token_kinds(row, processor):
@@ -125,11 +173,16 @@ def token_kinds(row, processor):
     image_id = image_token_id(processor)
     views = {}
     for name, ids, mask, answer in zip(
-        ("chosen", "rejected"), batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+        ("chosen", "rejected"),
+        batch["input_ids"],
+        batch["attention_mask"],
+        batch["completion_mask"],
+        strict=True,
     ):
         real = mask.bool()
         kinds = [
-            name if in_answer else "image" if i == image_id else "prompt" for i, in_answer in zip(ids[real], answer[real], strict=True)
+            name if in_answer else "image" if i == image_id else "prompt"
+            for i, in_answer in zip(ids[real], answer[real], strict=True)
         ]
         views[name] = ([tokenizer.decode([i]) for i in ids[real]], kinds)
     return views
@@ -137,7 +190,9 @@ def token_kinds(row, processor):
 
 def image_token_id(processor):
     """The id that stands for a piece of an image in `input_ids`."""
-    if getattr(processor.tokenizer, "image_token_id", None) is not None:  # Gemma 3's processor names the start of an image instead
+    if (
+        getattr(processor.tokenizer, "image_token_id", None) is not None
+    ):  # Gemma 3's processor names the start of an image instead
         return processor.tokenizer.image_token_id
     if getattr(processor, "image_token_id", None) is not None:
         return processor.image_token_id
@@ -155,18 +210,35 @@ def check_tokens(row, processor):
     batch = training_batch([row], processor)
     question = row["prompt"][0]["content"][-1]["text"]
     expected = inference_batch([row["image"]], [question], processor)["input_ids"][0].tolist()
-    turn_end = render({"image": None, "question": "q", "chosen": "a", "rejected": "a"}, processor)["chosen"].rpartition("a")[2].strip()
-    counts = {"prompt_tokens": len(expected), "image_tokens": expected.count(image_token_id(processor))}
+    turn_end = (
+        render({"image": None, "question": "q", "chosen": "a", "rejected": "a"}, processor)[
+            "chosen"
+        ]
+        .rpartition("a")[2]
+        .strip()
+    )
+    counts = {
+        "prompt_tokens": len(expected),
+        "image_tokens": expected.count(image_token_id(processor)),
+    }
     for name, ids, mask, answer in zip(
-        ("chosen", "rejected"), batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+        ("chosen", "rejected"),
+        batch["input_ids"],
+        batch["attention_mask"],
+        batch["completion_mask"],
+        strict=True,
     ):
         prompt = ids[mask.bool() & ~answer.bool()].tolist()
         if prompt != expected:
             trained, used = processor.tokenizer.decode(prompt), processor.tokenizer.decode(expected)
-            raise ValueError(f"the training prompt is not the inference prompt: {trained!r} against {used!r}")
+            raise ValueError(
+                f"the training prompt is not the inference prompt: {trained!r} against {used!r}"
+            )
         text = processor.tokenizer.decode(ids[answer.bool()])
         if not text.strip().endswith(turn_end):
-            raise ValueError(f"the {name} answer does not end with {turn_end!r}, so the model never learns to stop: {text[-60:]!r}")
+            raise ValueError(
+                f"the {name} answer does not end with {turn_end!r}, so the model never learns to stop: {text[-60:]!r}"
+            )
         counts[f"{name}_tokens"] = int(answer.sum())
     return counts
 
@@ -183,13 +255,19 @@ def within_budget(dataset, processor, token_budget):
     ValueError with its number for a row that cannot be read or holds a special token, and when no row is left.
     """
     numbers = progress(range(len(dataset)), "counting tokens")
-    too_long = [number for number in numbers if tokens_at(dataset, number, processor) > token_budget]
+    too_long = [
+        number for number in numbers if tokens_at(dataset, number, processor) > token_budget
+    ]
     if len(too_long) == len(dataset):
-        raise ValueError(f"of {len(dataset)} rows none is within the budget of {token_budget} tokens: raise token_budget, or take others")
+        raise ValueError(
+            f"of {len(dataset)} rows none is within the budget of {token_budget} tokens: raise token_budget, or take others"
+        )
     if not too_long:
         return dataset, []
     dropped = set(too_long)
-    return dataset.select([number for number in range(len(dataset)) if number not in dropped]), too_long
+    return dataset.select(
+        [number for number in range(len(dataset)) if number not in dropped]
+    ), too_long
 
 
 def tokens_at(dataset, number, processor):

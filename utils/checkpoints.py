@@ -16,14 +16,36 @@ from transformers.trainer_callback import ExportableState
 NEEDED = {
     "adapter_config.json": ["adapter_config.json"],
     "adapter_model.safetensors": ["adapter_model.safetensors"],
-    "optimizer.pt": ["optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"],  # of one process, FSDP's two forms, DeepSpeed's
+    "optimizer.pt": [
+        "optimizer.pt",
+        "optimizer.bin",
+        "optimizer_*",
+        "global_step*",
+    ],  # of one process, FSDP's two forms, DeepSpeed's
     "scheduler.pt": ["scheduler.pt"],
     "rng_state.pth": ["rng_state.pth", "rng_state_*.pth"],
     "trainer_state.json": ["trainer_state.json"],  # the last that is written
 }
-SETTINGS = ("model", "model_revision", "dataset", "dataset_revision", "train_split", "pixel_budget", "four_bit")
+SETTINGS = (
+    "model",
+    "model_revision",
+    "dataset",
+    "dataset_revision",
+    "train_split",
+    "pixel_budget",
+    "four_bit",
+)
 SETTINGS += ("lora_rank", "lora_alpha", "lora_target")
-ARGUMENTS = ("learning_rate", "beta", "loss_type", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed")
+ARGUMENTS = (
+    "learning_rate",
+    "beta",
+    "loss_type",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+)
 
 
 def unreadable(path):
@@ -38,7 +60,13 @@ def unreadable(path):
         elif path.suffix in (".pt", ".pth", ".bin"):
             with zipfile.ZipFile(path) as archive:
                 return archive.testzip() is not None
-    except (ValueError, EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile):  # zipfile meets damage in many ways
+    except (
+        ValueError,
+        EOFError,
+        RuntimeError,
+        SafetensorError,
+        zipfile.BadZipFile,
+    ):  # zipfile meets damage in many ways
         return True
     return False
 
@@ -50,13 +78,19 @@ def damage(checkpoint):
             return f"{name} is missing"
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         if unreadable(path):
-            return f"{path.relative_to(checkpoint)} is {'damaged' if path.stat().st_size else 'empty'}"
+            return (
+                f"{path.relative_to(checkpoint)} is {'damaged' if path.stat().st_size else 'empty'}"
+            )
     return None
 
 
 def newest_first(output):
     """The folders `checkpoint-<step>` in `output`, whole or not."""
-    folders = [path for path in Path(output).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    folders = [
+        path
+        for path in Path(output).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
     return sorted(folders, key=step, reverse=True)
 
 
@@ -79,12 +113,20 @@ def last_checkpoint(output):
     problems = {checkpoint: damage(checkpoint) for checkpoint in newest_first(output)}
     whole = [checkpoint for checkpoint, problem in problems.items() if not problem]
     last = max(whole, key=lambda checkpoint: recorded(checkpoint).get("saved_at", 0), default=None)
-    further = [f"{path.name} ({problem})" for path, problem in problems.items() if problem and (last is None or step(path) > step(last))]
+    further = [
+        f"{path.name} ({problem})"
+        for path, problem in problems.items()
+        if problem and (last is None or step(path) > step(last))
+    ]
     if last is None:
         found = f"no whole one: {', '.join(further)}" if further else "no checkpoint"
-        raise FileNotFoundError(f"nothing to resume: {output} holds {found}; train without resuming (no --resume, resume=False)")
+        raise FileNotFoundError(
+            f"nothing to resume: {output} holds {found}; train without resuming (no --resume, resume=False)"
+        )
     if further:
-        warnings.warn(f"{output}: passed over {', '.join(further)}; going on from {last.name}", stacklevel=2)
+        warnings.warn(
+            f"{output}: passed over {', '.join(further)}; going on from {last.name}", stacklevel=2
+        )
     return last
 
 
@@ -101,8 +143,12 @@ def put_in_place(new, folder):
 def origin(settings, arguments, rows):
     """{name: value} of what decides where a run ends: `settings` of the profile, training `arguments`, how many `rows` there are.
     Rows that were edited but not counted otherwise are not noticed."""
-    values = {name: getattr(settings, name) for name in SETTINGS} | {name: getattr(arguments, name) for name in ARGUMENTS}
-    values["pairs a step"] = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    values = {name: getattr(settings, name) for name in SETTINGS} | {
+        name: getattr(arguments, name) for name in ARGUMENTS
+    }
+    values["pairs a step"] = (
+        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
     values["rows"] = len(rows) if hasattr(rows, "__len__") else "a stream"
     return json.loads(json.dumps(values))  # as it will be read back
 
@@ -121,8 +167,14 @@ def check_origin(checkpoint, values):
     """ValueError that names each setting in which `checkpoint` was made with another value than `values`, what `origin` returns."""
     made = recorded(checkpoint).get("values")
     if made is None:
-        raise ValueError(f"{checkpoint} does not say with which settings it was made: train without resuming, into another folder")
-    other = [f"{name} was {made.get(name)!r} and is {value!r}" for name, value in values.items() if made.get(name) != value]
+        raise ValueError(
+            f"{checkpoint} does not say with which settings it was made: train without resuming, into another folder"
+        )
+    other = [
+        f"{name} was {made.get(name)!r} and is {value!r}"
+        for name, value in values.items()
+        if made.get(name) != value
+    ]
     if other:
         raise ValueError(
             f"{checkpoint} belongs to a run with other settings ({'; '.join(other)}): "

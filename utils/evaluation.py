@@ -7,16 +7,33 @@ from itertools import permutations
 
 import numpy as np
 
+from embedded.claims import claims, is_right, mentions
 from embedded.drawing import CATEGORIES
-from embedded.scenes import COUNT_QUESTION, absent_companions, colour_question, describe, existence_question, place_question
-from utils.claims import claims, is_right, mentions
+from embedded.scenes import (
+    COUNT_QUESTION,
+    absent_companions,
+    colour_question,
+    describe,
+    existence_question,
+    place_question,
+)
 from utils.generation import answer
 from utils.hallucination import chair_counts, pope_counts
-from utils.statistics import paired_difference, rate
+from utils.paired_statistics import paired_difference, rate
 
 DESCRIBE = "Describe the image."
 POPE_KINDS = ("random", "popular", "adversarial")
-METRICS = ("chair_i", "chair_s", "recall", "cog", "claim_precision", "pope_accuracy", "pope_f1", "pope_yes_ratio", "words")
+METRICS = (
+    "chair_i",
+    "chair_s",
+    "recall",
+    "cog",
+    "claim_precision",
+    "pope_accuracy",
+    "pope_f1",
+    "pope_yes_ratio",
+    "words",
+)
 
 
 def pope_questions(truths, seed=0):
@@ -37,7 +54,10 @@ def pope_questions(truths, seed=0):
                 "present": str(draw.choice(scene)),
                 "random": str(draw.choice(absent)),
                 "popular": max(absent, key=lambda c: frequency[c]),
-                "adversarial": max(absent, key=lambda c: max(together[there, c] / frequency[there] for there in scene)),
+                "adversarial": max(
+                    absent,
+                    key=lambda c: max(together[there, c] / frequency[there] for there in scene),
+                ),
             }
         )
     return questions
@@ -49,11 +69,18 @@ def ask(model, processor, scenes, settings, adapter=True):
     `scenes`: rows with `image` and `objects`. Every picture is read once.
     """
     images, truths = list(scenes["image"]), list(scenes["objects"])
-    answers = {"descriptions": answer(model, processor, images, [DESCRIBE] * len(images), settings, adapter), "pope": {}}
+    answers = {
+        "descriptions": answer(
+            model, processor, images, [DESCRIBE] * len(images), settings, adapter
+        ),
+        "pope": {},
+    }
     asked = pope_questions(truths)
     for kind in ("present", *POPE_KINDS):
         questions = [existence_question(row[kind]) for row in asked]
-        answers["pope"][kind] = answer(model, processor, images, questions, settings, adapter, max_new_tokens=16)
+        answers["pope"][kind] = answer(
+            model, processor, images, questions, settings, adapter, max_new_tokens=16
+        )
     return answers
 
 
@@ -71,7 +98,9 @@ def never_asked(truths, seed=0):
 def answered_right(text, objects, kind):
     """Whether `text` makes a claim of `kind` ("colour", "place" or "count") about the scene, and no wrong claim."""
     made = claims(text)
-    return any(claim["kind"] == kind for claim in made) and all(is_right(claim, objects) for claim in made)
+    return any(claim["kind"] == kind for claim in made) and all(
+        is_right(claim, objects) for claim in made
+    )
 
 
 def stammers(text):
@@ -89,7 +118,11 @@ def describe_counts(texts, truths):
         cog.append((len(set(planted) & set(named)), len(planted)))
         precision.append((sum(is_right(claim, objects) for claim in made), len(made)))
         words.append((len(text.split()), 1))
-    return counts | {"cog": np.array(cog, float), "claim_precision": np.array(precision, float), "words": np.array(words, float)}
+    return counts | {
+        "cog": np.array(cog, float),
+        "claim_precision": np.array(precision, float),
+        "words": np.array(words, float),
+    }
 
 
 def count(answers, truths):
@@ -98,7 +131,10 @@ def count(answers, truths):
     The questions about present objects count once in each of the three, as in the official files.
     """
     per_kind = [pope_counts_of(answers, kind) for kind in POPE_KINDS]
-    pope = {f"pope_{name}": sum(kind[name] for kind in per_kind) for name in ("accuracy", "f1", "yes_ratio")}
+    pope = {
+        f"pope_{name}": sum(kind[name] for kind in per_kind)
+        for name in ("accuracy", "f1", "yes_ratio")
+    }
     counts = describe_counts(answers["descriptions"], truths)
     return {name: (counts | pope)[name] for name in METRICS}
 
@@ -113,12 +149,20 @@ def pope_counts_of(answers, kind):
 def constant_answers(truths):
     """What the metrics say of four models that never look: they are the lines a real one has to beat."""
     everything = " ".join(f"There is a {category}." for category in CATEGORIES)
-    descriptions = {"always yes": "Yes.", "always no": "No.", "the empty answer": "", "lists everything": everything}
+    descriptions = {
+        "always yes": "Yes.",
+        "always no": "No.",
+        "the empty answer": "",
+        "lists everything": everything,
+    }
     kinds = ("present", *POPE_KINDS)
     return {
         name: {
             "descriptions": [text] * len(truths),
-            "pope": {kind: ["No." if name == "always no" else "Yes." if text else ""] * len(truths) for kind in kinds},
+            "pope": {
+                kind: ["No." if name == "always no" else "Yes." if text else ""] * len(truths)
+                for kind in kinds
+            },
         }
         for name, text in descriptions.items()
     }
@@ -151,5 +195,9 @@ def attributes_right(texts, truths, kind):
         for claim in claims(text)
         if claim["kind"] == kind and claim["category"]
     ]
-    known = [(claim, objects) for claim, objects in said if any(o["category"] == claim["category"] for o in objects)]
+    known = [
+        (claim, objects)
+        for claim, objects in said
+        if any(o["category"] == claim["category"] for o in objects)
+    ]
     return float(np.mean([is_right(claim, objects) for claim, objects in known]))

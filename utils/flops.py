@@ -9,7 +9,11 @@ from utils.memory import architecture, placement
 from utils.models import part_of
 from utils.pixel_budget import seen
 
-PEAK = {"T4": 65e12, "L4": 121e12, "A100": 312e12}  # dense 16-bit matrix products a second, by NVIDIA's data sheets
+PEAK = {
+    "T4": 65e12,
+    "L4": 121e12,
+    "A100": 312e12,
+}  # dense 16-bit matrix products a second, by NVIDIA's data sheets
 UTILISATION = 0.25  # the share of it that is assumed to be reached
 
 
@@ -20,14 +24,28 @@ def pair_flops(settings, prompt=35, answer=105):
     run once; the rest as policy and as reference, backward to the adapters (a frozen matrix: once what the forward takes), and
     with checkpointing forward again. Not counted: attention inside the vision tower, and whatever is no matrix product.
     """
-    model, (image, pixels) = architecture(settings.model), seen(architecture(settings.model).config, settings.pixel_budget)
-    text, patch, weights = model.config.get_text_config(), model.config.vision_config.patch_size, Counter()
+    model, (image, pixels) = (
+        architecture(settings.model),
+        seen(architecture(settings.model).config, settings.pixel_budget),
+    )
+    text, patch, weights = (
+        model.config.get_text_config(),
+        model.config.vision_config.patch_size,
+        Counter(),
+    )
     for name, module in model.named_modules():
-        weights[part_of(name)] += module.weight.numel() if isinstance(module, torch.nn.Linear) else 0
+        weights[part_of(name)] += (
+            module.weight.numel() if isinstance(module, torch.nn.Linear) else 0
+        )
     tokens, again = image + prompt + 2 * answer + 1, int(settings.gradient_checkpointing)
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    width = text.num_attention_heads * (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )
     return {
-        "vision": 2 * weights["vision"] * pixels // (patch**2 if isinstance(patch, int) else math.prod(patch)),
+        "vision": 2
+        * weights["vision"]
+        * pixels
+        // (patch**2 if isinstance(patch, int) else math.prod(patch)),
         "connector": 2 * weights["connector"] * image,
         "language": 2 * weights["language"] * tokens * (3 + again),
         "attention": 4 * text.num_hidden_layers * width * tokens**2 * (4 + again),

@@ -1,7 +1,7 @@
 """How much a model hallucinates: CHAIR, POPE and AMBER as plain functions on lists, computed as the official scorers do.
 
 Rohrbach et al. 2018 for CHAIR, Li et al. 2023 for POPE, Wang et al. 2023 for AMBER. Metrics that are ratios of sums over answers
-are kept as arrays of shape (answers, 2): numerators and denominators. That is all a paired bootstrap (`utils.statistics`) needs.
+are kept as arrays of shape (answers, 2): numerators and denominators. That is all a paired bootstrap (`utils.paired_statistics`) needs.
 """
 
 import re
@@ -9,19 +9,44 @@ from operator import eq
 
 import numpy as np
 
-from utils.statistics import rate
+from utils.paired_statistics import rate
 
 CAPTION_WORD = re.compile(r"[\w/-]+|'\w*|[^\w\s]")
-_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+_ANIMALS = (
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "animal",
+    "cub",
+)
 DOUBLE_WORDS = {  # CHAIR's: two words that count as one, so that "hot dog" names no dog and "baby bird" no person
     **{pair: pair for pair in ("hot dog", "teddy bear", "motor bike", "train track", "home plate")},
     **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
-    **{"passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet"},
+    **{
+        "passenger jet": "jet",
+        "passenger train": "train",
+        "bow tie": "tie",
+        "toilet seat": "toilet",
+    },
     "wine glas": "wine glass",  # what the official singularizer leaves of "wine glass"
 }
 AMBER_DIMENSIONS = {  # type in annotations.json → the dimensions it counts for
-    **{f"discriminative-attribute-{name}": ["attribute", name] for name in ("state", "number", "action")},
-    **{"discriminative-hallucination": ["existence"], "discriminative-relation": ["relation"], "relation": ["relation"]},
+    **{
+        f"discriminative-attribute-{name}": ["attribute", name]
+        for name in ("state", "number", "action")
+    },
+    **{
+        "discriminative-hallucination": ["existence"],
+        "discriminative-relation": ["relation"],
+        "relation": ["relation"],
+    },
 }
 
 
@@ -46,14 +71,16 @@ def chair(mentions, truths):
     """
     counts = chair_counts(mentions, truths)
     if counts["chair_i"][:, 1].sum() == 0:
-        raise ZeroDivisionError("no answer names any object, so there is no share of wrong mentions")
+        raise ZeroDivisionError(
+            "no answer names any object, so there is no share of wrong mentions"
+        )
     return {name: rate(values) for name, values in counts.items()}
 
 
 def caption_mentions(caption, synonyms, singular, words=CAPTION_WORD.findall):
     """The COCO categories that `caption` names, every occurrence, in order, by the rules of the official CHAIR script.
 
-    `synonyms`: {word: category} (`official_files.read_synonyms`). `singular(word)`: its singular, officially `singularize` of
+    `synonyms`: {word: category} (`benchmark_files.read_synonyms`). `singular(word)`: its singular, officially `singularize` of
     clips Pattern, which makes "bus" a "bu": "bus" never counts, "buses" does. `words(text)`: its words and punctuation marks,
     officially nltk's `word_tokenize`, where contractions fall apart otherwise and "u.s." and "dog.a" are one word.
     """
@@ -76,7 +103,9 @@ def says_no(answer):
 def pope_counts(answers, labels):
     """Per answer numerators and denominators of accuracy, precision, recall, F1 and yes ratio. `labels`: "yes" or "no"."""
     if len(answers) != len(labels):
-        raise ValueError(f"{len(answers)} answers but {len(labels)} labels: POPE joins them by their order")
+        raise ValueError(
+            f"{len(answers)} answers but {len(labels)} labels: POPE joins them by their order"
+        )
     yes = np.array([not says_no(answer) for answer in answers], dtype=float)
     label = np.array([{"yes": 1.0, "no": 0.0}[name] for name in labels])
     both, one = yes * label, np.ones_like(label)
@@ -100,8 +129,13 @@ def pope(answers, labels):
     if counts["precision"][:, 1].sum() == 0:
         raise ZeroDivisionError("every answer is a no, so there is no precision")
     scores = {name: rate(values) for name, values in counts.items()}
-    precision, recall = scores["precision"], scores["recall"]  # F1 from these two, as officially: equal to the last digit
-    return scores | {"f1": 2 * precision * recall / (precision + recall) if precision * recall > 0 else 0.0}
+    precision, recall = (
+        scores["precision"],
+        scores["recall"],
+    )  # F1 from these two, as officially: equal to the last digit
+    return scores | {
+        "f1": 2 * precision * recall / (precision + recall) if precision * recall > 0 else 0.0
+    }
 
 
 def amber_percent(count, total, counters=1):
@@ -119,25 +153,43 @@ def amber_discriminative(responses, annotations):
     annotation and for the id of a generative item.
     """
     known = {row["id"]: row for row in annotations}
-    asked = {name: [] for name in ("overall", "existence", "attribute", "state", "number", "action", "relation")}
+    asked = {
+        name: []
+        for name in ("overall", "existence", "attribute", "state", "number", "action", "relation")
+    }
     for row in responses:
         if row["id"] not in known:
-            raise ValueError(f"response with id {row['id']}: no annotation has this id; is it another version's annotations.json?")
+            raise ValueError(
+                f"response with id {row['id']}: no annotation has this id; is it another version's annotations.json?"
+            )
         kind = known[row["id"]]["type"]
         if kind not in AMBER_DIMENSIONS:
-            raise ValueError(f"response with id {row['id']}: its type is {kind!r}, not a yes/no question; see amber_generative")
+            raise ValueError(
+                f"response with id {row['id']}: its type is {kind!r}, not a yes/no question; see amber_generative"
+            )
         for name in ["overall", *AMBER_DIMENSIONS[kind]]:
             asked[name].append((row["response"], known[row["id"]]["truth"]))
-    scores = {name: _amber_scores(name, pairs) for name, pairs in asked.items() if pairs or name == "overall"}
+    scores = {
+        name: _amber_scores(name, pairs)
+        for name, pairs in asked.items()
+        if pairs or name == "overall"
+    }
     return scores.pop("overall") | scores
 
 
 def _amber_scores(dimension, pairs):
     """The four figures of `pairs`, (response, truth)."""
-    counters = 3 if dimension == "attribute" else 1  # the script sums those of state, number and action
-    said, there = sum(response == "No" for response, _ in pairs), sum(truth == "no" for _, truth in pairs)
+    counters = (
+        3 if dimension == "attribute" else 1
+    )  # the script sums those of state, number and action
+    said, there = (
+        sum(response == "No" for response, _ in pairs),
+        sum(truth == "no" for _, truth in pairs),
+    )
     found = sum(pair == ("No", "no") for pair in pairs)
-    accuracy = amber_percent(found + sum(pair == ("Yes", "yes") for pair in pairs), len(pairs), counters)
+    accuracy = amber_percent(
+        found + sum(pair == ("Yes", "yes") for pair in pairs), len(pairs), counters
+    )
     precision, recall = amber_percent(found, said, counters), amber_percent(found, there, counters)
     p, r, epsilon = precision / 100, recall / 100, 0.001 if dimension == "existence" else 0.0001
     f1 = round(2 * p * r / (p + r + epsilon) * 100, 1)
@@ -166,11 +218,21 @@ def amber_counts(nouns, annotations, associations, safe_words, similar=None):
     `similar(noun, word)`: how alike they are, officially by spaCy's en_core_web_lg; without it only equal words match.
     Raises ValueError for an object that `associations` lacks.
     """
-    vocabulary, rows = set(associations).union(*associations.values()), {"chair": [], "cover": [], "hal": [], "cog": []}
-    close = (lambda noun, word: similar(noun, word) > 0.8) if similar else (lambda noun, word: False)
+    vocabulary, rows = (
+        set(associations).union(*associations.values()),
+        {"chair": [], "cover": [], "hal": [], "cog": []},
+    )
+    close = (
+        (lambda noun, word: similar(noun, word) > 0.8) if similar else (lambda noun, word: False)
+    )
     for said, row in zip(nouns, annotations, strict=True):
         truth, habit = (_amber_words(row[key], associations) for key in ("truth", "hallu"))
-        kept, named, fell_for, wrong = [noun for noun in said if noun in vocabulary], set(), set(), 0
+        kept, named, fell_for, wrong = (
+            [noun for noun in said if noun in vocabulary],
+            set(),
+            set(),
+            0,
+        )
         for noun in kept:
             if noun in safe_words:
                 continue
@@ -190,9 +252,13 @@ def amber_counts(nouns, annotations, associations, safe_words, similar=None):
 def _amber_words(objects, associations):
     """What names each of `objects`, as (word, its number): first the words associated with any of them, then they themselves."""
     if unknown := set(objects) - set(associations):
-        raise ValueError(f"relation.json has no entry for {', '.join(sorted(unknown))}, which an annotation names")
+        raise ValueError(
+            f"relation.json has no entry for {', '.join(sorted(unknown))}, which an annotation names"
+        )
     numbered = list(enumerate(objects))
-    return [(word, number) for number, name in numbered for word in associations[name]] + [(name, number) for number, name in numbered]
+    return [(word, number) for number, name in numbered for word in associations[name]] + [
+        (name, number) for number, name in numbered
+    ]
 
 
 def _first(noun, words, alike):

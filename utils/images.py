@@ -27,7 +27,9 @@ def read(stored, name="the image"):
     except BOMBS as error:
         raise ValueError(f"{name} is too large: {error} {SMALLER}") from error
     except UnidentifiedImageError as error:  # its own words name a place in memory
-        raise ValueError(f"{name} cannot be read: its bytes are not an image file that Pillow knows") from error
+        raise ValueError(
+            f"{name} cannot be read: its bytes are not an image file that Pillow knows"
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     return upright_rgb(image, name)
@@ -49,7 +51,9 @@ def upright_rgb(image, name="the image"):
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"{name} has mode {image.mode}, {levels.min()} to {levels.max()}: save it with 8 or 16 bits a pixel")
+            raise ValueError(
+                f"{name} has mode {image.mode}, {levels.min()} to {levels.max()}: save it with 8 or 16 bits a pixel"
+            )
         image = PillowImage.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -17,7 +17,10 @@ from utils.pixel_budget import seen, square_side
 from utils.settings import EMBEDDED_MODEL, ROOT
 
 PRECISIONS = ("fp32", "bf16", "nf4")
-LOGIT_TILE = (4096, 32768)  # positions × vocabulary that TRL scores at a time: trl/kernels/chunked_logprob.py, trl/trainer/utils.py
+LOGIT_TILE = (
+    4096,
+    32768,
+)  # positions × vocabulary that TRL scores at a time: trl/kernels/chunked_logprob.py, trl/trainer/utils.py
 
 
 @cache
@@ -27,10 +30,16 @@ def architecture(name):
     local = ROOT / name / "config.json"
     path = local if local.exists() else ROOT / "configs" / f"{name.split('/')[-1].lower()}.json"
     if not path.exists():
-        there = ", ".join([EMBEDDED_MODEL, *sorted(path.stem for path in path.parent.glob("*.json"))])
-        raise ValueError(f"no config of {name!r}: put its config.json at configs/{path.name}; there are {there}")
+        there = ", ".join(
+            [EMBEDDED_MODEL, *sorted(path.stem for path in path.parent.glob("*.json"))]
+        )
+        raise ValueError(
+            f"no config of {name!r}: put its config.json at configs/{path.name}; there are {there}"
+        )
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**json.loads(path.read_text())))
+        return AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(**json.loads(path.read_text()))
+        )
 
 
 def placement(settings):
@@ -40,10 +49,26 @@ def placement(settings):
     for name, parameter in model.named_parameters():
         layer = name.removesuffix(".weight")
         matrix = layer != name and isinstance(model.get_submodule(layer), torch.nn.Linear)
-        adapted = part_of(name) != "head" if settings.lora_target == "all-linear" else re.fullmatch(settings.lora_target, layer)
-        four_bit = matrix and settings.four_bit and should_convert_module(layer, list(settings.keep_in_full_precision))
+        adapted = (
+            part_of(name) != "head"
+            if settings.lora_target == "all-linear"
+            else re.fullmatch(settings.lora_target, layer)
+        )
+        four_bit = (
+            matrix
+            and settings.four_bit
+            and should_convert_module(layer, list(settings.keep_in_full_precision))
+        )
         adapter = settings.lora_rank * sum(parameter.shape) if matrix and adapted else 0
-        rows.append({"name": name, "part": part_of(name), "weights": parameter.numel(), "four_bit": four_bit, "adapter": adapter})
+        rows.append(
+            {
+                "name": name,
+                "part": part_of(name),
+                "weights": parameter.numel(),
+                "four_bit": four_bit,
+                "adapter": adapter,
+            }
+        )
     return rows
 
 
@@ -54,13 +79,20 @@ def nf4_bytes(weights, double_quantization=True):
     scales and for their mean; and the tables of a weight's 16 levels and a scale's 256.
     """
     blocks = math.ceil(weights / 64)
-    scales = blocks + 4 * math.ceil(blocks / 256) + 4 + 4 * 256 if double_quantization else 4 * blocks
+    scales = (
+        blocks + 4 * math.ceil(blocks / 256) + 4 + 4 * 256 if double_quantization else 4 * blocks
+    )
     return math.ceil(weights / 2) + scales + 4 * 16
 
 
 def training_states(weights, trainable, state_bytes=4, reference=0):
     """What does not depend on the batch: `weights` and `reference` (bytes, as given), the gradients, and AdamW's two moments."""
-    return {"weights": weights, "reference": reference, "gradients": trainable * state_bytes, "optimizer": 2 * trainable * state_bytes}
+    return {
+        "weights": weights,
+        "reference": reference,
+        "gradients": trainable * state_bytes,
+        "optimizer": 2 * trainable * state_bytes,
+    }
 
 
 def image_side(settings):
@@ -97,7 +129,9 @@ def kept_bytes(text, rows, tokens, rank, compute_bytes, checkpointing):
     """What the forward pass keeps for the backward pass: each layer's `layer_bytes`, or with checkpointing only its input, and
     the inputs of the last norm and the head. Vision tower and connector learn nothing; it is assumed that they keep nothing."""
     one = compute_bytes * rows * tokens * text.hidden_size
-    layer = one if checkpointing else sum(layer_bytes(text, rows, tokens, rank, compute_bytes).values())
+    layer = (
+        one if checkpointing else sum(layer_bytes(text, rows, tokens, rank, compute_bytes).values())
+    )
     return text.num_hidden_layers * layer + 4 * rows * tokens * (text.hidden_size + 1) + one
 
 
@@ -111,23 +145,48 @@ def estimate(settings, text_tokens=256, precision=None, side=None, gpu=True):
     """
     precision = precision or ("nf4" if settings.four_bit else "bf16")
     if precision not in PRECISIONS or text_tokens < 1:
-        raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}, text_tokens ({text_tokens}) at least 1")
+        raise ValueError(
+            f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}, text_tokens ({text_tokens}) at least 1"
+        )
     parameters, compute_bytes = placement(settings), 2 if gpu and precision != "fp32" else 4
-    rows, tokens = 2 * settings.batch_size, image_tokens(settings, side) + text_tokens  # a pair is two rows: chosen, rejected
-    sizes = [nf4_bytes(p["weights"]) if p["four_bit"] and precision == "nf4" else compute_bytes * p["weights"] for p in parameters]
+    rows, tokens = (
+        2 * settings.batch_size,
+        image_tokens(settings, side) + text_tokens,
+    )  # a pair is two rows: chosen, rejected
+    sizes = [
+        nf4_bytes(p["weights"])
+        if p["four_bit"] and precision == "nf4"
+        else compute_bytes * p["weights"]
+        for p in parameters
+    ]
     trainable = sum(p["adapter"] for p in parameters)
-    batch = (architecture(settings.model).config.get_text_config(), rows, tokens, settings.lora_rank, compute_bytes)
-    recomputed = sum(layer_bytes(*batch).values()) if settings.gradient_checkpointing else 0  # one layer at a time
+    batch = (
+        architecture(settings.model).config.get_text_config(),
+        rows,
+        tokens,
+        settings.lora_rank,
+        compute_bytes,
+    )
+    recomputed = (
+        sum(layer_bytes(*batch).values()) if settings.gradient_checkpointing else 0
+    )  # one layer at a time
     return training_states(sum(sizes), trainable) | {
         "adapter": trainable * (4 if compute_bytes == 4 else 6),
         "activations": kept_bytes(*batch, settings.gradient_checkpointing) + recomputed,
-        "logits": min(rows * (text_tokens if gpu else tokens - 1), LOGIT_TILE[0]) * LOGIT_TILE[1] * compute_bytes,
+        "logits": min(rows * (text_tokens if gpu else tokens - 1), LOGIT_TILE[0])
+        * LOGIT_TILE[1]
+        * compute_bytes,
     }
 
 
 def held(tensors):
     """Bytes of the memory behind `tensors`; memory that several share counts once."""
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum(
+        {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors
+        }.values()
+    )
 
 
 def frozen_tensors(model):
@@ -169,20 +228,48 @@ class Allocations(TorchDispatchMode):
 def measure(trainer):
     """Bytes by component in the one step that `trainer` (made with max_steps=1) trains here, and the `peak` of all tensors.
     Activations are what autograd saves in the forward pass, without the parameters, which it saves as well."""
-    learned, frozen = [p for p in trainer.model.parameters() if p.requires_grad], [*frozen_tensors(trainer.model)]
-    saved, gradients, allocations, compute_loss = [], {}, Allocations(frozen + learned), trainer.compute_loss
+    learned, frozen = (
+        [p for p in trainer.model.parameters() if p.requires_grad],
+        [*frozen_tensors(trainer.model)],
+    )
+    saved, gradients, allocations, compute_loss = (
+        [],
+        {},
+        Allocations(frozen + learned),
+        trainer.compute_loss,
+    )
 
     def watched_loss(*args, **kwargs):
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.detach()) or tensor, lambda tensor: tensor
+        ):
             loss = compute_loss(*args, **kwargs)
-        saved[:] = [held(saved + frozen + learned) - held(frozen + learned)]  # and lets go of the tensors
+        saved[:] = [
+            held(saved + frozen + learned) - held(frozen + learned)
+        ]  # and lets go of the tensors
         return loss
 
     for parameter in learned:
-        parameter.register_post_accumulate_grad_hook(lambda parameter: gradients.update({parameter: parameter.grad.nbytes}))
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter: gradients.update({parameter: parameter.grad.nbytes})
+        )
     trainer.compute_loss = watched_loss
     with allocations:
         trainer.train()
-    states = held(value for state in trainer.optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    measured = {"weights": held(frozen), "adapter": held(learned), "gradients": sum(gradients.values()), "optimizer": states}
-    return measured | {"activations": saved[0], "logits": allocations.tile, "peak": allocations.peak}
+    states = held(
+        value
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    )
+    measured = {
+        "weights": held(frozen),
+        "adapter": held(learned),
+        "gradients": sum(gradients.values()),
+        "optimizer": states,
+    }
+    return measured | {
+        "activations": saved[0],
+        "logits": allocations.tile,
+        "peak": allocations.peak,
+    }

@@ -29,14 +29,20 @@ def compute_dtype():
     """bfloat16 where the GPU really has it (a T4 only emulates it), else float16; float32 on a CPU."""
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
 
 
 def device_map():
     """Where this process puts its model: on its own GPU where several train, else on whatever GPUs it fits; None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    return {"": int(os.environ.get("LOCAL_RANK", 0))} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "auto"
+    return (
+        {"": int(os.environ.get("LOCAL_RANK", 0))}
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1
+        else "auto"
+    )
 
 
 @contextmanager
@@ -47,7 +53,7 @@ def loading(settings):
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"{settings.model} does not fit on this GPU: {error} What helps: four_bit=True, no other notebook on the GPU, or the profile "
-            "of a smaller model; notebook 04 estimates what each needs"
+            "of a smaller model; notebook 06 estimates what each needs"
         ) from error
     except OSError as error:
         raise OSError(
@@ -58,7 +64,11 @@ def loading(settings):
 
 def source(settings):
     """What `from_pretrained` needs to know of the profile's model; code that its repository brings along is never run."""
-    return {"pretrained_model_name_or_path": locate(settings.model), "revision": settings.model_revision, "trust_remote_code": False}
+    return {
+        "pretrained_model_name_or_path": locate(settings.model),
+        "revision": settings.model_revision,
+        "trust_remote_code": False,
+    }
 
 
 def load_processor(settings):
@@ -66,7 +76,9 @@ def load_processor(settings):
     if settings.model == EMBEDDED_MODEL:
         verify_embedded("model")
     with loading(settings):
-        processor, config = (kind.from_pretrained(**source(settings)) for kind in (AutoProcessor, AutoConfig))
+        processor, config = (
+            kind.from_pretrained(**source(settings)) for kind in (AutoProcessor, AutoConfig)
+        )
     processor = limit(processor, config, settings.pixel_budget)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
@@ -88,12 +100,18 @@ def complete_template(processor):
     prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     whole = processor.apply_chat_template(question + answer, tokenize=False)
     if not whole.startswith(prompt):
-        processor.chat_template = AFTER_GENERATION_PROMPT.replace("TEMPLATE", processor.chat_template)
+        processor.chat_template = AFTER_GENERATION_PROMPT.replace(
+            "TEMPLATE", processor.chat_template
+        )
     tokenizer = processor.tokenizer
     end = tokenizer(whole.rpartition("An answer.")[2], add_special_tokens=False)["input_ids"]
     if not set(end) & tokenizer.added_tokens_decoder.keys():
-        processor.chat_template += "{% if messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    if tokenizer("q")["input_ids"][0] == tokenizer.bos_token_id and not prompt.startswith(tokenizer.bos_token):
+        processor.chat_template += (
+            "{% if messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        )
+    if tokenizer("q")["input_ids"][0] == tokenizer.bos_token_id and not prompt.startswith(
+        tokenizer.bos_token
+    ):
         processor.chat_template = "{{ bos_token }}" + processor.chat_template
     return processor
 
@@ -108,7 +126,9 @@ def load_model(settings):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,  # FSDP shares out floats only
+        bnb_4bit_quant_storage=dtype
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        else torch.uint8,  # FSDP shares out floats only
         llm_int8_skip_modules=list(settings.keep_in_full_precision),
     )
     with loading(settings):
@@ -143,17 +163,25 @@ def load_tuned(settings, adapter):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (Path(adapter) / name).is_file():
             inside = Path(adapter) / "adapter"  # a run's folder holds one
-            advice = f"did you mean {inside}?" if inside.is_dir() else "train the adapter with notebook 05 or python -m utils.train"
+            advice = (
+                f"did you mean {inside}?"
+                if inside.is_dir()
+                else "train the adapter with notebook 03 or python -m scripts.train"
+            )
             raise FileNotFoundError(f"{Path(adapter) / name} is missing: {advice}")
     model = load_model(settings)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would go on without them
+            warnings.filterwarnings(
+                "error", message="Found missing adapter keys"
+            )  # peft would go on without them
             return PeftModel.from_pretrained(model, str(adapter))
     except (SafetensorError, RuntimeError, ValueError, UserWarning) as error:
         found = " ".join(str(error)[:300].split())
         advice = "take the checkpoint before, or train again; one trained on another model needs that profile"
-        raise ValueError(f"the adapter in {adapter} is damaged, or not one for {settings.model}: {found}. What helps: {advice}") from error
+        raise ValueError(
+            f"the adapter in {adapter} is damaged, or not one for {settings.model}: {found}. What helps: {advice}"
+        ) from error
 
 
 def load_merged(settings, adapter):
@@ -171,7 +199,11 @@ def trainable_by_part(model):
     """
     parts = {name: [0, 0] for name in ("vision", "connector", "language", "head")}
     for name, parameter in model.named_parameters():
-        size = parameter.quant_state.shape.numel() if getattr(parameter, "quant_state", None) else parameter.numel()
+        size = (
+            parameter.quant_state.shape.numel()
+            if getattr(parameter, "quant_state", None)
+            else parameter.numel()
+        )
         part = parts[part_of(name)]
         part[0] += size * parameter.requires_grad
         part[1] += size

@@ -13,7 +13,11 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 SHORTEST = 378  # pixels: Idefics2 enlarges shorter edges
 LONGEST = 4096  # pixels: Idefics3 and SmolVLM reduce longer ones
-LEAST_TOKENS = {"qwen2_vl": 4, "qwen2_5_vl": 4, "qwen3_vl": 64}  # to which smaller images are enlarged: the families' own values
+LEAST_TOKENS = {
+    "qwen2_vl": 4,
+    "qwen2_5_vl": 4,
+    "qwen3_vl": 64,
+}  # to which smaller images are enlarged: the families' own values
 
 
 def limit(processor, config, pixel_budget):
@@ -25,9 +29,13 @@ def limit(processor, config, pixel_budget):
     if pixel_budget is None:
         return processor
     if pixel_budget < least(config):
-        raise ValueError(f"{config.model_type} sees at least {least(config)} pixels of every image: set pixel_budget to that or more")
+        raise ValueError(
+            f"{config.model_type} sees at least {least(config)} pixels of every image: set pixel_budget to that or more"
+        )
     current = processor.image_processor
-    processor.image_processor = type(current)(**(current.to_dict() | rule(config)[2](config, pixel_budget)))
+    processor.image_processor = type(current)(
+        **(current.to_dict() | rule(config)[2](config, pixel_budget))
+    )
     return processor
 
 
@@ -53,7 +61,9 @@ def seen(config, pixel_budget, width=None, height=None):
 def square_side(pixel_budget):
     """Edge in pixels of a square image as large as the budget. ValueError for None."""
     if pixel_budget is None:
-        raise ValueError("pixel_budget is None, so the processor alone knows what is seen of an image: set it in the profile")
+        raise ValueError(
+            "pixel_budget is None, so the processor alone knows what is seen of an image: set it in the profile"
+        )
     return math.isqrt(pixel_budget)
 
 
@@ -67,7 +77,9 @@ def rule(config):
     family, vision = config.model_type, config.vision_config.model_type
     if family not in RULES or vision == "pixtral":
         known = ", ".join(RULES)
-        raise ValueError(f"how {family} (vision tower: {vision}) turns pixels into tokens is not known: add it to RULES; known: {known}")
+        raise ValueError(
+            f"how {family} (vision tower: {vision}) turns pixels into tokens is not known: add it to RULES; known: {known}"
+        )
     return RULES[family]
 
 
@@ -97,7 +109,11 @@ def fixed(config, pixel_budget, width, height):
 def idefics2(config, pixel_budget, width, height):
     """64 tokens for any image; where it is cut in four, 64 for each and for the whole."""
     (longest, split), pixels = crop(config, pixel_budget), 0
-    halves = product((width // 2, width - width // 2), (height // 2, height - height // 2)) if split else ()
+    halves = (
+        product((width // 2, width - width // 2), (height // 2, height - height // 2))
+        if split
+        else ()
+    )
     for w, h in [(width, height), *halves]:
         larger = max(w, h, longest)
         pixels += max(SHORTEST, w * longest // larger) * max(SHORTEST, h * longest // larger)
@@ -141,7 +157,10 @@ def qwen_least(config):
 def llava_tiles(config, pixel_budget, width, height):
     """LLaVA-NeXT and LLaVA-OneVision: tiles without the rows or columns that are all padding, one token to end each row, and
     the whole. OneVision shrinks what is then still more than so many tiles."""
-    side, layout = per_side(config), select_best_resolution((height, width), grids(config, pixel_budget))
+    side, layout = (
+        per_side(config),
+        select_best_resolution((height, width), grids(config, pixel_budget)),
+    )
     rows, columns = (side * (length // tile(config)) for length in layout)
     if width / height > columns / rows:
         rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
@@ -165,7 +184,11 @@ def grids_least(config):
 
 def internvl(config, pixel_budget, width, height):
     """The layout of tiles closest to the image's shape; the whole is one more."""
-    tiles = math.prod(get_optimal_tiled_canvas((height, width), (tile(config),) * 2, 1, pixel_budget // one_tile(config)))
+    tiles = math.prod(
+        get_optimal_tiled_canvas(
+            (height, width), (tile(config),) * 2, 1, pixel_budget // one_tile(config)
+        )
+    )
     count = tiles + 1 if tiles > 1 else 1
     return config.image_seq_length * count, one_tile(config) * count
 
@@ -175,7 +198,10 @@ def internvl(config, pixel_budget, width, height):
 
 def idefics2_limits(config, pixel_budget):
     longest, split = crop(config, pixel_budget)
-    return {"size": {"longest_edge": longest, "shortest_edge": SHORTEST}, "do_image_splitting": split}
+    return {
+        "size": {"longest_edge": longest, "shortest_edge": SHORTEST},
+        "do_image_splitting": split,
+    }
 
 
 def idefics3_limits(config, pixel_budget):
@@ -189,9 +215,16 @@ def qwen_limits(config, pixel_budget):
 
 RULES = {  # family: (what an image costs, the least budget, limits)
     "idefics2": (idefics2, lambda config: SHORTEST**2, idefics2_limits),
-    "internvl": (internvl, one_tile, lambda config, budget: {"max_patches": budget // one_tile(config)}),
+    "internvl": (
+        internvl,
+        one_tile,
+        lambda config, budget: {"max_patches": budget // one_tile(config)},
+    ),
     **dict.fromkeys(("idefics3", "smolvlm"), (idefics3, one_tile, idefics3_limits)),
     **dict.fromkeys(LEAST_TOKENS, (qwen, qwen_least, qwen_limits)),
-    **dict.fromkeys(("llava_next", "llava_onevision"), (llava_tiles, grids_least, lambda c, b: {"image_grid_pinpoints": grids(c, b)})),
+    **dict.fromkeys(
+        ("llava_next", "llava_onevision"),
+        (llava_tiles, grids_least, lambda c, b: {"image_grid_pinpoints": grids(c, b)}),
+    ),
     **dict.fromkeys(("llava", "gemma3", "paligemma"), (fixed, one_tile, lambda config, budget: {})),
 }

@@ -25,18 +25,25 @@ def use_reference_cache(trainer, folder):
     """
     rows, collate = trainer.train_dataset, trainer.data_collator
     if not hasattr(rows, "__len__"):
-        raise ValueError("reference log-probabilities cannot be kept for streaming data: load the data set without streaming=True")
+        raise ValueError(
+            "reference log-probabilities cannot be kept for streaming data: load the data set without streaming=True"
+        )
     path = Path(folder) / f"reference-{cache_key(trainer)}.safetensors"
     if not path.exists():
         batches = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=collate)
         model, part = trainer.ref_model or trainer.model, path.with_suffix(f".{os.getpid()}")
         batches = progress(batches, "reference log-probabilities")
-        pairs = [torch.stack(trainer.compute_ref_log_probs(model, trainer._prepare_inputs(batch)), dim=1) for batch in batches]
+        pairs = [
+            torch.stack(trainer.compute_ref_log_probs(model, trainer._prepare_inputs(batch)), dim=1)
+            for batch in batches
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         log_probs = torch.cat(pairs).float().cpu()
         save_file({"log_probs": log_probs}, part, metadata={"digest": digest(log_probs)})
         part.replace(path)
-    trainer.train_dataset = StackDataset(rows, read(path))  # a column added to shuffled rows would have every image written again
+    trainer.train_dataset = StackDataset(
+        rows, read(path)
+    )  # a column added to shuffled rows would have every image written again
     trainer.data_collator = partial(collate_with_reference, collate)
     return path
 
@@ -58,13 +65,25 @@ def cache_key(trainer):
             parts.append(f"{name} {tensor.dtype} {digest(tensor)}")
     with tempfile.TemporaryDirectory() as folder:
         trainer.processing_class.save_pretrained(folder)
-        parts += [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(Path(folder).rglob("*.*"))]
-    parts += [trainer.train_dataset._fingerprint, args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16]
+        parts += [
+            f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+            for path in sorted(Path(folder).rglob("*.*"))
+        ]
+    parts += [
+        trainer.train_dataset._fingerprint,
+        args.max_length,
+        args.truncation_mode,
+        args.ld_alpha,
+        args.bf16,
+        args.fp16,
+    ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def digest(tensor):
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(
+        tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    ).hexdigest()
 
 
 def read(path):
@@ -73,7 +92,11 @@ def read(path):
         with safe_open(path, "pt") as file:
             log_probs, expected = file.get_tensor("log_probs"), file.metadata()["digest"]
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and the log-probabilities are computed again") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it, and the log-probabilities are computed again"
+        ) from error
     if digest(log_probs) != expected:
-        raise ValueError(f"{path} is damaged (a value has changed): delete it, and the log-probabilities are computed again")
+        raise ValueError(
+            f"{path} is damaged (a value has changed): delete it, and the log-probabilities are computed again"
+        )
     return log_probs

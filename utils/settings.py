@@ -23,11 +23,18 @@ class Settings:
     test_split: str
     model_revision: str = "main"
     dataset_revision: str = "main"
-    evaluation_dataset: str = EMBEDDED_DATASET  # scenes whose truth is known exactly, whatever the model was trained on
+    evaluation_dataset: str = (
+        EMBEDDED_DATASET  # scenes whose truth is known exactly, whatever the model was trained on
+    )
     evaluation_split: str = "test[:500]"
-    pixel_budget: int | None = None  # an image is reduced to so many pixels, in its family's way; None: as the processor comes
+    pixel_budget: int | None = (
+        None  # an image is reduced to so many pixels, in its family's way; None: as the processor comes
+    )
     four_bit: bool = True
-    keep_in_full_precision: tuple = (r".*(vision|visual|connector|projector|merger)[^.]*", "lm_head")
+    keep_in_full_precision: tuple = (
+        r".*(vision|visual|connector|projector|merger)[^.]*",
+        "lm_head",
+    )
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_target: str = LANGUAGE_MODEL_LINEARS
@@ -98,7 +105,8 @@ PROFILES = {
             profile="idefics2",
             model="HuggingFaceM4/idefics2-8b",
             model_revision="2c42686c57fe21cf0348c9ce1077d094b72e7698",
-            pixel_budget=640 * 640,  # 64 tokens whatever the size; fewer pixels spare the vision tower
+            pixel_budget=640
+            * 640,  # 64 tokens whatever the size; fewer pixels spare the vision tower
             **_REAL,
         ),
     )
@@ -112,7 +120,9 @@ def load(profile=None):
     """
     name = os.environ.get("VLM_DPO_PROFILE", "embedded") if profile is None else profile
     if name not in PROFILES:
-        raise ValueError(f"no profile is called {name!r}; choose one of {', '.join(PROFILES)} (PROFILE, VLM_DPO_PROFILE or --profile)")
+        raise ValueError(
+            f"no profile is called {name!r}; choose one of {', '.join(PROFILES)} (PROFILE, VLM_DPO_PROFILE or --profile)"
+        )
     return PROFILES[name]
 
 
@@ -137,7 +147,13 @@ def verify_embedded(part, root=ROOT):
         if not name.startswith(f"embedded/{part}/"):
             continue
         path = Path(root) / name
-        problem = "is missing" if not path.exists() else "is damaged" if digest(path.read_bytes()) != expected else None
+        problem = (
+            "is missing"
+            if not path.exists()
+            else "is damaged"
+            if digest(path.read_bytes()) != expected
+            else None
+        )
         if problem:
             raise FileNotFoundError(
                 f"{name} {problem}: restore it with `git checkout -- {name}`, or rebuild with `python -m embedded.build`"

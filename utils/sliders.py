@@ -37,7 +37,9 @@ def memory_figure(components, title=""):
         raise ValueError(f"bytes cannot be negative: {components}")
     total = sum(components.values())
     unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-    beyond = [size for size in DEVICES.values() if size >= total >= 1e9]  # the chart reaches as far as what it fits into
+    beyond = [
+        size for size in DEVICES.values() if size >= total >= 1e9
+    ]  # the chart reaches as far as what it fits into
     right = max(1.3 * total, 1.1 * min(beyond, default=0)) / unit
     figure, axes = new_figure(height=1.1 + 0.32 * (len(components) + 1))
     end = 0.0
@@ -50,9 +52,13 @@ def memory_figure(components, title=""):
     for device, size in DEVICES.items():
         if size / unit < right:
             axes.axvline(size / unit, color=VERMILION, linestyle=":")
-            side = "right" if device == "T4" else "left"  # two that are close to each other stay legible
+            side = (
+                "right" if device == "T4" else "left"
+            )  # two that are close to each other stay legible
             axes.text(size / unit, -0.7, device, color=VERMILION, ha=side, va="bottom", fontsize=8)
-    axes.set(xlabel=f"{name} at the peak of a step", xlim=(0, right), ylim=(len(components) + 0.6, -0.6))
+    axes.set(
+        xlabel=f"{name} at the peak of a step", xlim=(0, right), ylim=(len(components) + 0.6, -0.6)
+    )
     axes.set_title(title, pad=16, fontsize=9)
     axes.grid(axis="y", visible=False)
     return figure
@@ -61,7 +67,9 @@ def memory_figure(components, title=""):
 def memory_html(settings, precision, side):
     """The chart of `estimate` as an <img> whose alternative text holds the same numbers."""
     components = estimate(settings, TEXT_TOKENS, precision, side)
-    what = f"{settings.model.split('/')[-1]}, weights in {precision}, LoRA rank {settings.lora_rank}"
+    what = (
+        f"{settings.model.split('/')[-1]}, weights in {precision}, LoRA rank {settings.lora_rank}"
+    )
     batch = f"pairs a step: {settings.batch_size}; tokens a row: {image_tokens(settings, side)} of the image, {TEXT_TOKENS} of text"
     numbers = ", ".join(f"{name} {readable(count)}" for name, count in components.items())
     alt = f"{what}, {batch}: {numbers}; total {readable(sum(components.values()))}"
@@ -74,20 +82,40 @@ def memory_sliders(settings):
     Choosing another profile moves the sliders to its values.
     """
     profiles = PROFILES | {settings.profile: settings}
-    model = ipywidgets.Dropdown(options=list(profiles), value=settings.profile, description="Profile")
-    precision = ipywidgets.Dropdown(options=PRECISIONS, value="nf4" if settings.four_bit else "bf16", description="Weights")
-    rank = ipywidgets.IntSlider(value=settings.lora_rank, min=1, max=256, description="LoRA rank", continuous_update=False)
+    model = ipywidgets.Dropdown(
+        options=list(profiles), value=settings.profile, description="Profile"
+    )
+    precision = ipywidgets.Dropdown(
+        options=PRECISIONS, value="nf4" if settings.four_bit else "bf16", description="Weights"
+    )
+    rank = ipywidgets.IntSlider(
+        value=settings.lora_rank, min=1, max=256, description="LoRA rank", continuous_update=False
+    )
     longest = max(1960, *map(image_side, profiles.values()))
-    side = ipywidgets.IntSlider(value=image_side(settings), min=28, max=longest, description="Pixels", continuous_update=False)
-    pairs = ipywidgets.IntSlider(value=settings.batch_size, min=1, max=32, description="Pairs", continuous_update=False)
+    side = ipywidgets.IntSlider(
+        value=image_side(settings),
+        min=28,
+        max=longest,
+        description="Pixels",
+        continuous_update=False,
+    )
+    pairs = ipywidgets.IntSlider(
+        value=settings.batch_size, min=1, max=32, description="Pairs", continuous_update=False
+    )
 
     def render():
-        changed = dataclasses.replace(profiles[model.value], lora_rank=rank.value, batch_size=pairs.value)
+        changed = dataclasses.replace(
+            profiles[model.value], lora_rank=rank.value, batch_size=pairs.value
+        )
         return memory_html(changed, precision.value, side.value)
 
     def take_values(change):
         chosen = profiles[change["new"]]
-        rank.value, side.value, pairs.value = chosen.lora_rank, image_side(chosen), chosen.batch_size
+        rank.value, side.value, pairs.value = (
+            chosen.lora_rank,
+            image_side(chosen),
+            chosen.batch_size,
+        )
 
     def show_chart(picture):
         page.value = picture.replace("<img ", f'<img onload="{KEYBOARD}" ', 1)
@@ -103,4 +131,7 @@ def memory_sliders(settings):
     # display(box) offers no HTML to those who see the notebook without a kernel, hence a bundle of our own.
     view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
     text = "An estimate of memory by component; run this cell to move the sliders."
-    display({"application/vnd.jupyter.widget-view+json": view, "text/html": first, "text/plain": text}, raw=True)
+    display(
+        {"application/vnd.jupyter.widget-view+json": view, "text/html": first, "text/plain": text},
+        raw=True,
+    )

@@ -43,7 +43,9 @@ def share_of_batch(settings, processes):
             f"a step takes {pairs} pairs (batch_size × gradient_accumulation), which {processes} processes cannot share evenly: "
             f"start as many as divide {pairs}, or change the profile in utils/settings.py"
         )
-    at_a_time = math.gcd(settings.batch_size, pairs // processes)  # never more than the profile says one device holds
+    at_a_time = math.gcd(
+        settings.batch_size, pairs // processes
+    )  # never more than the profile says one device holds
     return at_a_time, pairs // processes // at_a_time
 
 
@@ -54,7 +56,9 @@ def dpo_config(settings, output, **changes):
     fine-tuning and leaves an adapter where it is.
     """
     dtype = compute_dtype()
-    batch_size, accumulation = share_of_batch(settings, int(os.environ.get("WORLD_SIZE", 1)))  # set by `accelerate launch`
+    batch_size, accumulation = share_of_batch(
+        settings, int(os.environ.get("WORLD_SIZE", 1))
+    )  # set by `accelerate launch`
     arguments = {
         "output_dir": str(output),
         "beta": settings.beta,
@@ -82,7 +86,16 @@ def dpo_config(settings, output, **changes):
 
 
 def make_trainer(
-    settings, model, processor, train, output, test=None, callbacks=None, continue_adapter=False, shared_prefix=None, **changes
+    settings,
+    model,
+    processor,
+    train,
+    output,
+    test=None,
+    callbacks=None,
+    continue_adapter=False,
+    shared_prefix=None,
+    **changes,
 ):
     """A `DPOTrainer` on formatted rows. The reference model is `model` with the adapter switched off: there is no second copy.
 
@@ -94,10 +107,14 @@ def make_trainer(
     `max_steps`, and begins again where it ends.
     """
     if isinstance(train, IterableDataset):
-        train = train.repeat(None)  # transformers counts its batches but not its passes: resumed in the second, it would start that over
+        train = train.repeat(
+            None
+        )  # transformers counts its batches but not its passes: resumed in the second, it would start that over
     if continue_adapter:
         if not isinstance(model, PeftModel) or list(model.peft_config) != ["default"]:
-            raise ValueError("continue_adapter=True needs a model with one adapter: load it with load_tuned(settings, folder)")
+            raise ValueError(
+                "continue_adapter=True needs a model with one adapter: load it with load_tuned(settings, folder)"
+            )
         model.set_adapter("default")  # load_tuned froze it
     elif isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise ValueError(
@@ -113,14 +130,21 @@ def make_trainer(
         eval_dataset=test,
         processing_class=processor,
         peft_config=None if continue_adapter else lora_config(settings),
-        callbacks=[*(callbacks or []), checkpoints.Origin(checkpoints.origin(settings, arguments, train))],
+        callbacks=[
+            *(callbacks or []),
+            checkpoints.Origin(checkpoints.origin(settings, arguments, train)),
+        ],
     )
     trainer.settings = settings  # for preflight
     if trainer.args.disable_tqdm:  # without a bar transformers prints every log entry instead
         trainer.remove_callback(PrinterCallback)
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            exact = trainer.model.get_parameter(name.replace(".default.", ".ref.")) if continue_adapter else parameter
+            exact = (
+                trainer.model.get_parameter(name.replace(".default.", ".ref."))
+                if continue_adapter
+                else parameter
+            )
             parameter.data = exact.data.float().clone()
     return trainer
 
@@ -134,13 +158,21 @@ def train(trainer, settings, resume=False):
     output, checkpoint = Path(trainer.args.output_dir), None
     if resume:
         checkpoint = checkpoints.last_checkpoint(output)
-        checkpoints.check_origin(checkpoint, checkpoints.origin(settings, trainer.args, trainer.train_dataset))
+        checkpoints.check_origin(
+            checkpoint, checkpoints.origin(settings, trainer.args, trainer.train_dataset)
+        )
     start, first_step = time.perf_counter(), checkpoints.step(checkpoint) if checkpoint else 0
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
     saved = output / "adapter.new"
-    trainer.save_model(str(saved))  # by every process, because it may have to be put together; the first one writes
-    pairs_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    trainer.save_model(
+        str(saved)
+    )  # by every process, because it may have to be put together; the first one writes
+    pairs_per_step = (
+        trainer.args.train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * trainer.args.world_size
+    )
     pairs, rows = steps * pairs_per_step, trainer.train_dataset
     if not isinstance(rows, IterableDataset):  # the last step of a pass may have fewer
         pairs = min(pairs, round(len(rows) * max(1, trainer.state.epoch or 1)))
@@ -156,8 +188,12 @@ def train(trainer, settings, resume=False):
         "settings": asdict(settings),
     }
     if trainer.is_world_process_zero():
-        shutil.rmtree(saved / "ref", ignore_errors=True)  # the reference of a continued adapter is the one it began with
-        (output / "training.json").unlink(missing_ok=True)  # an earlier run's never stands beside this one's adapter
+        shutil.rmtree(
+            saved / "ref", ignore_errors=True
+        )  # the reference of a continued adapter is the one it began with
+        (output / "training.json").unlink(
+            missing_ok=True
+        )  # an earlier run's never stands beside this one's adapter
         checkpoints.put_in_place(saved, output / "adapter")
         (output / "training.json.new").write_text(json.dumps(record, indent=1))
         (output / "training.json.new").rename(output / "training.json")

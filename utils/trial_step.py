@@ -23,9 +23,18 @@ def left_as_it_was(trainer):
     Afterwards gradients, modes, metrics and random states are what they were; weights must not be changed.
     """
     model, args, accelerator = trainer.model, trainer.args, trainer.accelerator
-    gradients, modes = [(p, p.grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
-    metrics, tokens, states = trainer._metrics, trainer._total_train_tokens, (random.getstate(), numpy.random.get_state())
-    checkpoint = args.gradient_checkpointing and not model.is_gradient_checkpointing  # it is switched on by train()
+    gradients, modes = (
+        [(p, p.grad) for p in model.parameters()],
+        [(m, m.training) for m in model.modules()],
+    )
+    metrics, tokens, states = (
+        trainer._metrics,
+        trainer._total_train_tokens,
+        (random.getstate(), numpy.random.get_state()),
+    )
+    checkpoint = (
+        args.gradient_checkpointing and not model.is_gradient_checkpointing
+    )  # it is switched on by train()
     with torch.random.fork_rng():
         try:
             trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -58,10 +67,18 @@ def longest_rows(trainer):
         raise ValueError("the rows hold no image (column image or images)")
     if not hasattr(dataset, "__len__"):
         return list(itertools.islice(iter(dataset), count))
-    texts = getattr(dataset, "datasets", (dataset,))[0].with_format(None)  # with a reference cache the rows are the first of two
+    texts = getattr(dataset, "datasets", (dataset,))[0].with_format(
+        None
+    )  # with a reference cache the rows are the first of two
     texts = texts.select_columns(["prompt", "chosen", "rejected"])  # text only: no image is decoded
-    sizes = [len(str(text["prompt"])) + max(len(str(text["chosen"])), len(str(text["rejected"]))) for text in texts]
-    return [dataset[number] for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:count]]
+    sizes = [
+        len(str(text["prompt"])) + max(len(str(text["chosen"])), len(str(text["rejected"])))
+        for text in texts
+    ]
+    return [
+        dataset[number]
+        for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:count]
+    ]
 
 
 def pair_of(row):
@@ -76,8 +93,12 @@ def max_length(trainer):
 
 def batches(trainer, rows):
     """(The trainer's batch of `rows`, TRL's own, in which each image stands twice), on the trainer's device."""
-    stock = DataCollatorForVisionPreference(trainer.processing_class, max_length(trainer))([pair_of(row) for row in rows])
-    own = trainer.data_collator([row if isinstance(row, tuple) else dict(row) for row in rows])  # it changes what it is given
+    stock = DataCollatorForVisionPreference(trainer.processing_class, max_length(trainer))(
+        [pair_of(row) for row in rows]
+    )
+    own = trainer.data_collator(
+        [row if isinstance(row, tuple) else dict(row) for row in rows]
+    )  # it changes what it is given
     return trainer._prepare_inputs(dict(own)), trainer._prepare_inputs(dict(stock))
 
 
@@ -86,24 +107,45 @@ def count_features(trainer, stock):
     """How many vectors the model makes of the images in TRL's batch: one for each image token, if all is right."""
     encode = backbone_of(trainer.model).get_image_features
     with trainer.accelerator.autocast():
-        output = encode(**{name: stock[name] for name in inspect.signature(encode).parameters if name in stock})
+        output = encode(
+            **{name: stock[name] for name in inspect.signature(encode).parameters if name in stock}
+        )
     found = getattr(output, "pooler_output", output)
-    return sum(vectors.shape[:-1].numel() for vectors in (found if isinstance(found, list | tuple) else [found]))
+    return sum(
+        vectors.shape[:-1].numel()
+        for vectors in (found if isinstance(found, list | tuple) else [found])
+    )
 
 
 def reference_logps(trainer, batch):
     """Log-probabilities (2 · pairs,) of the reference as the trainer takes them: chosen answers, then rejected ones; in nats."""
-    cached = [batch[f"ref_{side}_logps"] for side in ("chosen", "rejected") if f"ref_{side}_logps" in batch]
-    return torch.cat(cached or trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)).float()
+    cached = [
+        batch[f"ref_{side}_logps"]
+        for side in ("chosen", "rejected")
+        if f"ref_{side}_logps" in batch
+    ]
+    return torch.cat(
+        cached or trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+    ).float()
 
 
 @torch.no_grad()
 def adapter_off_logps(trainer, stock):
     """The same of the model itself with its adapter off, computed as TRL does, row by row."""
-    model, labels = trainer.model, stock["input_ids"].masked_fill(stock["completion_mask"] == 0, -100)
+    model, labels = (
+        trainer.model,
+        stock["input_ids"].masked_fill(stock["completion_mask"] == 0, -100),
+    )
     inputs = {name: value for name, value in stock.items() if name != "completion_mask"}
-    with trainer.accelerator.autocast(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-        return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.float().sum(1)
+    with (
+        trainer.accelerator.autocast(),
+        model.disable_adapter() if isinstance(model, PeftModel) else nullcontext(),
+    ):
+        return (
+            model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+            .log_probs.float()
+            .sum(1)
+        )
 
 
 def step(trainer, batch):
@@ -111,8 +153,20 @@ def step(trainer, batch):
     reference in nats, the larger mean of chosen and rejected answers. Gradients: {name: largest entry}, None where none arrives."""
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.model, dict(batch))
-    (loss * (1024 if trainer.args.fp16 else 1)).backward()  # float16 training scales as well, or small gradients become 0
-    ratios = [trainer._metrics["train"][f"rewards/{side}"][-1] / trainer.beta for side in ("chosen", "rejected")]
-    learned = [(name, parameter.grad) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-    gradients = {name: None if gradient is None else gradient.abs().max().item() for name, gradient in learned}
+    (
+        loss * (1024 if trainer.args.fp16 else 1)
+    ).backward()  # float16 training scales as well, or small gradients become 0
+    ratios = [
+        trainer._metrics["train"][f"rewards/{side}"][-1] / trainer.beta
+        for side in ("chosen", "rejected")
+    ]
+    learned = [
+        (name, parameter.grad)
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    ]
+    gradients = {
+        name: None if gradient is None else gradient.abs().max().item()
+        for name, gradient in learned
+    }
     return loss.item(), max(ratios, key=abs), gradients

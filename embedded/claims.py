@@ -5,11 +5,15 @@ import re
 from embedded.scenes import CATEGORIES, COLOURS, NUMBERS, PLACES
 
 SYNONYMS = {"mug": "cup", "automobile": "car"}  # what people and larger models also call them
-_CATEGORY = {form: c for c in CATEGORIES for form in (c, c + "s")} | {w + s: c for w, c in SYNONYMS.items() for s in ("", "s")}
+_CATEGORY = {form: c for c in CATEGORIES for form in (c, c + "s")} | {
+    w + s: c for w, c in SYNONYMS.items() for s in ("", "s")
+}
 _WORDS = re.compile(r"[A-Za-z]+")
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]?")
 # (?a:…) because ignoring case otherwise makes "ı" and "ſ" equal to "i" and "s": "rıght" is no place, "ſix" no number.
-_PLACE = re.compile(r"\b(?a:(" + "|".join(sorted(PLACES, key=len, reverse=True)) + r"))\b", re.IGNORECASE)
+_PLACE = re.compile(
+    r"\b(?a:(" + "|".join(sorted(PLACES, key=len, reverse=True)) + r"))\b", re.IGNORECASE
+)
 _COUNT = re.compile(r"\b(?a:(" + "|".join(NUMBERS[1:]) + r") objects?)\b", re.IGNORECASE)
 
 
@@ -30,7 +34,15 @@ def claims(text):
         start, said = sentence.start(), sentence.group()
 
         def claim(match, kind, category, value, start=start):
-            found.append({"kind": kind, "category": category, "value": value, "start": start + match.start(), "end": start + match.end()})
+            found.append(
+                {
+                    "kind": kind,
+                    "category": category,
+                    "value": value,
+                    "start": start + match.start(),
+                    "end": start + match.end(),
+                }
+            )
 
         words = list(_WORDS.finditer(said))
         objects = [word for word in words if word.group().lower() in _CATEGORY]
@@ -43,7 +55,9 @@ def claims(text):
                 claim(word, "colour", _CATEGORY[owner.group().lower()], word.group().lower())
         places = list(_PLACE.finditer(said))
         if len(places) == 1 and len(objects) == 1 and not negated:
-            claim(places[0], "place", _CATEGORY[objects[0].group().lower()], places[0].group().lower())
+            claim(
+                places[0], "place", _CATEGORY[objects[0].group().lower()], places[0].group().lower()
+            )
         elif len(places) == 1 and not objects and "nothing" in said.lower():
             claim(places[0], "place", None, places[0].group().lower())
         for match in _COUNT.finditer(said):

@@ -1,9 +1,8 @@
 """Your own preference pairs: a folder of images with a `pairs.jsonl` or `pairs.csv` becomes a data set to train on.
 
-python -m utils.own_data FOLDER writes it to FOLDER/data as Parquet.
+python -m scripts.import_pairs FOLDER writes it to FOLDER/data as Parquet.
 """
 
-import argparse
 import csv
 import json
 from codecs import BOM_UTF8
@@ -31,32 +30,53 @@ def load_folder(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if len(files) != 1:
-        advice = "write one, or let python -m utils.make_pairs make it of pictures alone" if not files else "keep one"
-        raise FileNotFoundError(f"{folder.name} holds {len(files)} of {' and '.join(NAMES)}: {advice}")
+        advice = (
+            "write one, or let python -m scripts.make_pairs make it of pictures alone"
+            if not files
+            else "keep one"
+        )
+        raise FileNotFoundError(
+            f"{folder.name} holds {len(files)} of {' and '.join(NAMES)}: {advice}"
+        )
     lines = utf8_lines(files[0].read_bytes(), problems)
     rows = list((csv_rows if files[0].suffix == ".csv" else jsonl_rows)(lines, problems))
     missing = [image_problem(folder, row["image"]) for _, row in rows]
     images = [  # a name stands in for the bytes that are not there: two missing images are not the same image
-        {"bytes": row["image"].encode() if wrong else (folder / row["image"]).read_bytes(), "path": row["image"]}
+        {
+            "bytes": row["image"].encode() if wrong else (folder / row["image"]).read_bytes(),
+            "path": row["image"],
+        }
         for (_, row), wrong in zip(rows, missing, strict=True)
     ]
     texts = {column: [row[column] for _, row in rows] for column in TEXT_COLUMNS}
     dataset = Dataset.from_dict({"image": images} | texts, features=FEATURES)
-    for problem, number in [(problem, number) for problem, numbers in check(dataset).items() for number in numbers]:
+    for problem, number in [
+        (problem, number) for problem, numbers in check(dataset).items() for number in numbers
+    ]:
         line, row = rows[number]
         about_image = missing[number] or f"unreadable image {row['image']!r}"
         problems.append((line, about_image if problem == "unreadable image" else problem))
     if problems or not rows:
         listed = [f"line {line}: {problem}" for line, problem in sorted(problems)[:SHOWN]]
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise ValueError("\n".join([f"{files[0].name}: {len(rows)} pairs read, {len(problems)} problems", *listed, *more]))
+        raise ValueError(
+            "\n".join(
+                [
+                    f"{files[0].name}: {len(rows)} pairs read, {len(problems)} problems",
+                    *listed,
+                    *more,
+                ]
+            )
+        )
     return dataset
 
 
 def utf8_lines(data, problems):
     """The lines of `data`; one that is not UTF-8 is added to `problems` and left empty."""
     lines = []
-    for number, line in enumerate(data.removeprefix(BOM_UTF8).split(b"\n"), start=1):  # not splitlines: a text may hold a \r
+    for number, line in enumerate(
+        data.removeprefix(BOM_UTF8).split(b"\n"), start=1
+    ):  # not splitlines: a text may hold a \r
         try:
             lines.append(line.decode())
         except UnicodeDecodeError:
@@ -75,24 +95,39 @@ def jsonl_rows(lines, problems):
         except json.JSONDecodeError as error:
             problems.append((number, f"not JSON: {error.msg}, at character {error.pos + 1}"))
             continue
-        except (ValueError, RecursionError) as error:  # a name twice, a number of thousands of digits, brackets without end
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a name twice, a number of thousands of digits, brackets without end
             problems.append((number, f"not a row: {str(error)[:100]}"))
             continue
         if not isinstance(row, dict):
-            problems.append((number, f'not a JSON object: write {{"image": …, "question": …}}, not {line.strip()[:30]}'))
+            problems.append(
+                (
+                    number,
+                    f'not a JSON object: write {{"image": …, "question": …}}, not {line.strip()[:30]}',
+                )
+            )
         elif missing := [column for column in REQUIRED_COLUMNS if column not in row]:
             problems.append((number, f"no {', '.join(missing)}; it has {', '.join(row)}"))
         elif other := [column for column in REQUIRED_COLUMNS if not isinstance(row[column], str)]:
             problems.append((number, f"{', '.join(other)} must be text in quotes"))
         elif half := [column for column in REQUIRED_COLUMNS if not whole_characters(row[column])]:
-            problems.append((number, f"{', '.join(half)} holds half a character (\\ud800 to \\udfff without the other half)"))
+            problems.append(
+                (
+                    number,
+                    f"{', '.join(half)} holds half a character (\\ud800 to \\udfff without the other half)",
+                )
+            )
         else:
             yield number, row
 
 
 def each_name_once(pairs):
     """A JSON object as a dict. ValueError where it would lose a value: a name that comes twice."""
-    if twice := sorted({name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}):
+    if twice := sorted(
+        {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}
+    ):
         raise ValueError(f"{', '.join(twice)} more than once")
     return dict(pairs)
 
@@ -107,7 +142,9 @@ def csv_rows(lines, problems):
     try:
         header = next(reader)
         if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
-            problems.append((1, f"no column {', '.join(missing)}; it has {', '.join(header) or 'none'}"))
+            problems.append(
+                (1, f"no column {', '.join(missing)}; it has {', '.join(header) or 'none'}")
+            )
             return
         if twice := [column for column in REQUIRED_COLUMNS if header.count(column) > 1]:
             problems.append((1, f"column {', '.join(twice)} more than once"))
@@ -118,7 +155,12 @@ def csv_rows(lines, problems):
             if len(values) == len(header):
                 yield start, dict(zip(header, values, strict=True))
             elif values:
-                problems.append((start, f"{len(values)} values for {len(header)} columns: put a text with a comma in double quotes"))
+                problems.append(
+                    (
+                        start,
+                        f"{len(values)} values for {len(header)} columns: put a text with a comma in double quotes",
+                    )
+                )
     except csv.Error as error:
         problems.append((end + 1, f"not CSV: {error}"))
 
@@ -142,24 +184,11 @@ def held_out(dataset):
     names = [digest(data) for data in image_bytes(dataset)]
     images = sorted(set(names))
     if len(images) < 2:
-        raise ValueError("all pairs are about one image: give pairs about two at least, one of them to hold out")
+        raise ValueError(
+            "all pairs are about one image: give pairs about two at least, one of them to hold out"
+        )
     test = set(images[: max(1, len(images) // 10)])
-    return tuple(dataset.select([number for number, name in enumerate(names) if (name in test) == held]) for held in (False, True))
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m utils.own_data", description="Checks FOLDER and writes FOLDER/data/*.parquet.")
-    parser.add_argument("folder", type=Path, help=f"images, and {' or '.join(NAMES)}")
-    folder = parser.parse_args(arguments).folder
-    try:
-        train, test = held_out(load_folder(folder))
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from None
-    (folder / "data").mkdir(exist_ok=True)
-    for split, rows in (("train", train), ("test", test)):
-        rows.to_parquet(folder / "data" / f"{split}.parquet")
-    print(f"{len(train)} pairs to train on, {len(test)} about other images held out, in {folder / 'data'}")
-
-
-if __name__ == "__main__":
-    main()
+    return tuple(
+        dataset.select([number for number, name in enumerate(names) if (name in test) == held])
+        for held in (False, True)
+    )

@@ -35,7 +35,12 @@ def paired_difference(before, after, resamples=4000, seed=0):
     swapped = _rates(total + (1 - swap) @ change) - _rates(total + swap @ change)
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     at_least = np.sum(np.abs(swapped) >= abs(difference) - 1e-12)
-    return {"mean": difference, "low": float(low), "high": float(high), "p": float((at_least + 1) / (resamples + 1))}
+    return {
+        "mean": difference,
+        "low": float(low),
+        "high": float(high),
+        "p": float((at_least + 1) / (resamples + 1)),
+    }
 
 
 def scenes_needed(before, after, effect):
@@ -45,7 +50,9 @@ def scenes_needed(before, after, effect):
     (scenes, 2)) by linearising the ratio: it holds for effects that leave the scatter as it is here.
     """
     share, mean = (rate(before), rate(after)), (before[:, 1].mean(), after[:, 1].mean())
-    contribution = (after[:, 0] - share[1] * after[:, 1]) / mean[1] - (before[:, 0] - share[0] * before[:, 1]) / mean[0]
+    contribution = (after[:, 0] - share[1] * after[:, 1]) / mean[1] - (
+        before[:, 0] - share[0] * before[:, 1]
+    ) / mean[0]
     return int(np.ceil((1.96 + 0.84) ** 2 * contribution.var() / effect**2))
 
 

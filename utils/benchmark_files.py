@@ -37,7 +37,9 @@ def _text(path, source):
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); it comes from {source}") from None
+        raise ValueError(
+            f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); it comes from {source}"
+        ) from None
 
 
 def _lines(path, source):
@@ -52,7 +54,9 @@ def _decoded(text, path, line=1):
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}"
-        raise ValueError(f"{where}: not JSON ({error.msg}); is it the file itself, not a page that shows it?") from None
+        raise ValueError(
+            f"{where}: not JSON ({error.msg}); is it the file itself, not a page that shows it?"
+        ) from None
 
 
 def _checked(rows, keys, path, what):
@@ -62,9 +66,13 @@ def _checked(rows, keys, path, what):
     for number, row in enumerate(rows, start=1):
         for key, kind in keys.items():
             if not isinstance(row, dict) or key not in row:
-                raise ValueError(f"{path}, {what} {number}: no {key!r}; needed are {', '.join(keys)}")
+                raise ValueError(
+                    f"{path}, {what} {number}: no {key!r}; needed are {', '.join(keys)}"
+                )
             if not isinstance(row[key], kind):
-                raise ValueError(f"{path}, {what} {number}: {key!r} must be of type {kind.__name__}, not {row[key]!r}")
+                raise ValueError(
+                    f"{path}, {what} {number}: {key!r} must be of type {kind.__name__}, not {row[key]!r}"
+                )
     return rows
 
 
@@ -73,7 +81,9 @@ def _json_list(path, source, keys):
 
 
 def _json_lines(path, source, keys):
-    rows = [_decoded(line, path, number) for number, line in enumerate(_lines(path, source), start=1)]
+    rows = [
+        _decoded(line, path, number) for number, line in enumerate(_lines(path, source), start=1)
+    ]
     return _checked(rows, keys, path, "line")
 
 
@@ -90,7 +100,9 @@ def read_pope(path):
     rows = _json_lines(path, POPE, {"question_id": int, "image": str, "text": str, "label": str})
     for number, row in enumerate(rows, start=1):
         if row["label"] not in ("yes", "no"):
-            raise ValueError(f"{path}, line {number}: the label must be yes or no, not {row['label']!r}")
+            raise ValueError(
+                f"{path}, line {number}: the label must be yes or no, not {row['label']!r}"
+            )
     return rows
 
 
@@ -103,7 +115,9 @@ def read_pope_answers(path, questions):
     rows = _json_lines(path, OWN_ANSWERS, {"question": str, "answer": str})
     for number, (row, asked) in enumerate(zip(rows, questions, strict=False), start=1):
         if row["question"].strip().lower() != asked["text"].strip().lower():
-            raise ValueError(f"{path}, line {number}: answers {row['question']!r}, but line {number} of the questions is {asked['text']!r}")
+            raise ValueError(
+                f"{path}, line {number}: answers {row['question']!r}, but line {number} of the questions is {asked['text']!r}"
+            )
     if len(rows) != len(questions):
         raise ValueError(
             f"{path}: {len(rows)} answers to {len(questions)} questions; line {min(len(rows), len(questions)) + 1} has no partner"
@@ -127,14 +141,22 @@ def read_amber(folder):
     for number, row in enumerate(annotations, start=1):
         generative = row["type"] == "generative"
         if row["id"] != number:
-            raise ValueError(f"{path}, entry {number}: its id is {row['id']}; the official script takes entry n for id n")
+            raise ValueError(
+                f"{path}, entry {number}: its id is {row['id']}; the official script takes entry n for id n"
+            )
         if not generative and row["truth"] not in ("yes", "no"):
-            raise ValueError(f"{path}, entry {number}: the truth must be yes or no, not {row['truth']!r}")
-        if generative and not (isinstance(row["truth"], list) and isinstance(row.get("hallu"), list)):
+            raise ValueError(
+                f"{path}, entry {number}: the truth must be yes or no, not {row['truth']!r}"
+            )
+        if generative and not (
+            isinstance(row["truth"], list) and isinstance(row.get("hallu"), list)
+        ):
             raise ValueError(f"{path}, entry {number}: truth and hallu must be lists of objects")
     path = Path(folder) / "relation.json"
     associations = _decoded(_text(path, AMBER), path)
-    if not isinstance(associations, dict) or not all(isinstance(words, list) for words in associations.values()):
+    if not isinstance(associations, dict) or not all(
+        isinstance(words, list) for words in associations.values()
+    ):
         raise ValueError(f"{path}: needed is one object {{name: [words]}}")
     return annotations, associations, _lines(Path(folder) / "safe_words.txt", AMBER)
 
@@ -172,17 +194,24 @@ def read_coco(folder, synonyms, singular):
     truths = {}
     for split in ("val2014", "train2014"):
         path = Path(folder) / f"instances_{split}.json"
-        keys = {"categories": {"id": int, "name": str}, "annotations": {"image_id": int, "category_id": int}}
+        keys = {
+            "categories": {"id": int, "name": str},
+            "annotations": {"image_id": int, "category_id": int},
+        }
         categories, objects = _json_sections(path, COCO, **keys)
         names = {row["id"]: row["name"] for row in categories}
         if unknown := sorted(set(names.values()) - set(synonyms)):
             raise ValueError(f"{path}: the category {unknown[0]} is not in the synonyms")
         for number, row in enumerate(objects, start=1):
             if row["category_id"] not in names:
-                raise ValueError(f"{path}, annotations, entry {number}: no category has the id {row['category_id']}")
+                raise ValueError(
+                    f"{path}, annotations, entry {number}: no category has the id {row['category_id']}"
+                )
             truths.setdefault(row["image_id"], set()).add(synonyms[names[row["category_id"]]])
         path = Path(folder) / f"captions_{split}.json"
         (captions,) = _json_sections(path, COCO, annotations={"image_id": int, "caption": str})
         for row in captions:
-            truths.setdefault(row["image_id"], set()).update(caption_mentions(row["caption"], synonyms, singular))
+            truths.setdefault(row["image_id"], set()).update(
+                caption_mentions(row["caption"], synonyms, singular)
+            )
     return truths

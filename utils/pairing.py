@@ -1,7 +1,7 @@
 """Preference pairs from a model's own answers, as RLAIF-V makes them: split into claims, judge each, score, pair, balance lengths.
 
 A judge is a function `judge(claims, rows)`, two lists of the same length: for each claim and the row it is about, whether it is
-accepted. A claim is what `utils.claims.claims` returns, or a sentence (a string); a row is a dict with `image`, or `objects`.
+accepted. A claim is what `embedded.claims.claims` returns, or a sentence (a string); a row is a dict with `image`, or `objects`.
 """
 
 import re
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from embedded.claims import claims, is_right, left_out
 from embedded.scenes import DESCRIBE, NUMBERS, PLACES, article, existence_question
 from utils.chat import answer_messages, inference_batch, prompt_messages
-from utils.claims import claims, is_right, left_out
 from utils.preferences import TEXT_COLUMNS
 from utils.progress import progress
 
@@ -31,9 +31,14 @@ def model_judge(claims, rows, model, processor, settings):
     asked = [as_question(claim) for claim in claims]
     keys = [(id(row), question) for (question, _), row in zip(asked, rows, strict=True)]
     images = dict(zip(keys, (row["image"] for row in rows), strict=True))
-    found = yes_and_no(model, processor, list(images.values()), [question for _, question in images], settings)
+    found = yes_and_no(
+        model, processor, list(images.values()), [question for _, question in images], settings
+    )
     probabilities = dict(zip(images, found, strict=True))
-    return [accepts(*probabilities[key], expected) for key, (_, expected) in zip(keys, asked, strict=True)]
+    return [
+        accepts(*probabilities[key], expected)
+        for key, (_, expected) in zip(keys, asked, strict=True)
+    ]
 
 
 def accepts(p_yes, p_no, expected="yes"):
@@ -49,7 +54,10 @@ def as_question(claim):
     if kind == "object":
         return existence_question(category), "yes" if value else "no"
     if kind == "count":
-        return f"{'Is' if value == 1 else 'Are'} there {NUMBERS[value]} object{'s' * (value != 1)} in the image?", "yes"
+        return (
+            f"{'Is' if value == 1 else 'Are'} there {NUMBERS[value]} object{'s' * (value != 1)} in the image?",
+            "yes",
+        )
     if kind == "colour":
         return f"Is there {article(value)} {value} {category} in the image?", "yes"
     thing = f"{article(category)} {category}" if category else "nothing"
@@ -60,7 +68,12 @@ def as_question(claim):
 def yes_and_no(model, processor, images, questions, settings):
     """p(yes) and p(no) for each question, from the softmax over the first token of the answer: array (questions, 2)."""
     lead, yes, no = answer_tokens(processor)
-    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     options["pad_token_id"] = processor.tokenizer.pad_token_id
     was_training, found = model.training, []
     model.eval()
@@ -69,9 +82,14 @@ def yes_and_no(model, processor, images, questions, settings):
         batch = inference_batch(images[part], questions[part], processor).to(model.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         before = torch.tensor(lead, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-        batch |= {"input_ids": torch.cat([ids, before], 1), "attention_mask": torch.cat([mask, torch.ones_like(before)], 1)}
+        batch |= {
+            "input_ids": torch.cat([ids, before], 1),
+            "attention_mask": torch.cat([mask, torch.ones_like(before)], 1),
+        }
         probabilities = model.generate(**batch, **options).logits[0].float().softmax(-1)
-        found.append(torch.stack([probabilities[:, yes].sum(1), probabilities[:, no].sum(1)], 1).cpu())
+        found.append(
+            torch.stack([probabilities[:, yes].sum(1), probabilities[:, no].sum(1)], 1).cpu()
+        )
     model.train(was_training)
     return torch.cat(found).numpy() if found else np.zeros((0, 2))
 
@@ -84,13 +102,21 @@ def answer_tokens(processor):
     """
     message, tokenizer = prompt_messages(""), processor.tokenizer
     texts = [processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)]
-    texts += [processor.apply_chat_template(message + answer_messages(word), tokenize=False) for word in ("Yes", "yes", "No", "no")]
+    texts += [
+        processor.apply_chat_template(message + answer_messages(word), tokenize=False)
+        for word in ("Yes", "yes", "No", "no")
+    ]
     prompt, *answers = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     yes, no = answers[0], answers[2]
     first = next(i for i, (one, other) in enumerate(zip(yes, no, strict=False)) if one != other)
     if yes[: len(prompt)] != prompt or first < len(prompt):
-        raise ValueError(f"the chat template changes the prompt when an answer follows: {texts[0]!r} is not how {texts[1]!r} begins")
-    spellings = [{row[first] for row in rows if row[:first] == yes[:first]} for rows in (answers[:2], answers[2:])]
+        raise ValueError(
+            f"the chat template changes the prompt when an answer follows: {texts[0]!r} is not how {texts[1]!r} begins"
+        )
+    spellings = [
+        {row[first] for row in rows if row[:first] == yes[:first]}
+        for rows in (answers[:2], answers[2:])
+    ]
     return yes[len(prompt) : first], sorted(spellings[0]), sorted(spellings[1])
 
 
@@ -100,10 +126,17 @@ def rejections(answers, rows, judge, split=claims):
     `answers`: per row a list of texts; the counts come nested in the same way. `split`: what makes claims of a text.
     """
     made = [[split(text) for text in texts] for texts in answers]
-    told = [(claim, row) for texts, row in zip(made, rows, strict=True) for said in texts for claim in said]
+    told = [
+        (claim, row)
+        for texts, row in zip(made, rows, strict=True)
+        for said in texts
+        for claim in said
+    ]
     verdicts = judge([claim for claim, _ in told], [row for _, row in told])
     if len(verdicts) != len(told):
-        raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(told)} claims: it must give one for each, in their order")
+        raise ValueError(
+            f"the judge gave {len(verdicts)} verdicts on {len(told)} claims: it must give one for each, in their order"
+        )
     accepted = iter(verdicts)
     return [[sum(not next(accepted) for _ in said) for said in texts] for texts in made]
 
@@ -113,7 +146,10 @@ def mistakes(answers, rows):
     counts = rejections(answers, rows, truth_judge)
     for texts, row, counted in zip(answers, rows, counts, strict=True):
         if row["question"] in DESCRIBE:
-            counted[:] = [wrong + len(left_out(text, row["objects"])) for wrong, text in zip(counted, texts, strict=True)]
+            counted[:] = [
+                wrong + len(left_out(text, row["objects"]))
+                for wrong, text in zip(counted, texts, strict=True)
+            ]
     return counts
 
 
@@ -128,7 +164,11 @@ def candidates(texts, counts):
     Equal answers are one; an empty answer is left out, because it would be no pair to train on.
     """
     counted = {text: count for text, count in zip(texts, counts, strict=True) if text.strip()}
-    return [(better, worse) for better, worse in permutations(counted, 2) if counted[better] < counted[worse]]
+    return [
+        (better, worse)
+        for better, worse in permutations(counted, 2)
+        if counted[better] < counted[worse]
+    ]
 
 
 def pair_up(texts, counts, rng):
@@ -151,7 +191,9 @@ def pair_with_best(texts, counts, rng):
 
     At most two (chosen, rejected). Answers that claim nothing are left out, or silence would be best.
     """
-    scored = sorted({(count, text) for text, count in zip(texts, counts, strict=True) if claims(text)})
+    scored = sorted(
+        {(count, text) for text, count in zip(texts, counts, strict=True) if claims(text)}
+    )
     if not scored:
         return []
     fewest = scored[0][0]
@@ -173,10 +215,17 @@ def balance_by_threshold(pairs):
     r: the one of 0, 0.02, … 0.98 with which both sides' mean lengths come closest. ValueError when there is no pair within 0.98.
     """
     shares = [gap(pair) / len(pair["rejected"].split()) for pair in pairs]
-    kept = {r / 50: [pair for pair, share in zip(pairs, shares, strict=True) if share <= r / 50] for r in range(50)}
-    best = min((r for r in kept if kept[r]), key=lambda r: abs(mean(map(gap, kept[r]))), default=None)
+    kept = {
+        r / 50: [pair for pair, share in zip(pairs, shares, strict=True) if share <= r / 50]
+        for r in range(50)
+    }
+    best = min(
+        (r for r in kept if kept[r]), key=lambda r: abs(mean(map(gap, kept[r]))), default=None
+    )
     if best is None:
-        raise ValueError("there is no pair to balance: sample more answers, or look at what the judge rejects")
+        raise ValueError(
+            "there is no pair to balance: sample more answers, or look at what the judge rejects"
+        )
     return kept[best], best
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from utils.statistics import holm, interval, mcnemar, paired_difference, scenes_needed
+from utils.paired_statistics import holm, interval, mcnemar, paired_difference, scenes_needed
 
 
 def test_paired_difference_finds_an_effect_and_no_effect():
@@ -10,7 +10,11 @@ def test_paired_difference_finds_an_effect_and_no_effect():
     better, shuffled = before.copy(), rng.permutation(before)
     better[:, 0] *= rng.random(400) < 0.3
     effect = paired_difference(before, better)
-    assert effect["high"] < 0 and effect["p"] < 0.001 and effect["low"] < effect["mean"] < effect["high"]
+    assert (
+        effect["high"] < 0
+        and effect["p"] < 0.001
+        and effect["low"] < effect["mean"] < effect["high"]
+    )
     nothing = paired_difference(before, shuffled)
     assert nothing["low"] < 0 < nothing["high"] and nothing["p"] > 0.05
     same = paired_difference(before, before)
@@ -29,18 +33,24 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_mcnemar_by_hand():
     result = mcnemar([1, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 1])
-    assert (result["only_before"], result["only_after"]) == (5, 0) and result["p"] == pytest.approx(2 / 2**5)
+    assert (result["only_before"], result["only_after"]) == (5, 0) and result["p"] == pytest.approx(
+        2 / 2**5
+    )
     assert mcnemar([1, 0], [1, 0])["p"] == 1.0
 
 
 def test_holm_by_hand():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06}
+    )
 
 
 def test_the_interval_of_a_share_is_that_of_the_binomial():
     counts = np.stack([np.arange(400) < 100, np.ones(400)], axis=1).astype(float)
     low, high = interval(counts)
-    assert (low, high) == pytest.approx((0.25 - 0.042, 0.25 + 0.042), abs=0.006)  # 1.96 · √(0.25 · 0.75 / 400)
+    assert (low, high) == pytest.approx(
+        (0.25 - 0.042, 0.25 + 0.042), abs=0.006
+    )  # 1.96 · √(0.25 · 0.75 / 400)
 
 
 def test_as_many_scenes_as_needed_show_the_effect_four_times_in_five():

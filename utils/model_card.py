@@ -12,14 +12,19 @@ from utils.models import load_merged, load_processor
 from utils.settings import EMBEDDED_DATASET, EMBEDDED_MODEL
 
 DATA_LICENCES = {  # (the hub's name for it, what it means)
-    "openbmb/RLAIF-V-Dataset": ("cc-by-nc-4.0", "CC BY-NC 4.0: not for commercial use, which goes for what is trained on it as well"),
+    "openbmb/RLAIF-V-Dataset": (
+        "cc-by-nc-4.0",
+        "CC BY-NC 4.0: not for commercial use, which goes for what is trained on it as well",
+    ),
     EMBEDDED_DATASET: ("apache-2.0", "Apache-2.0"),
 }
 SETTINGS = (  # rows of the card's table
     "model model_revision dataset dataset_revision train_split pixel_budget four_bit lora_rank lora_alpha lora_target "
     "beta learning_rate epochs batch_size gradient_accumulation warmup_steps seed"
 ).split()
-BUILT = {EMBEDDED_MODEL: " The base model was built to hallucinate: its captions named what usually stands beside a thing."}
+BUILT = {
+    EMBEDDED_MODEL: " The base model was built to hallucinate: its captions named what usually stands beside a thing."
+}
 FINAL = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 METRICS = {
     "chair_i": "objects named that are not there, of all named (lower is better)",
@@ -80,9 +85,14 @@ def save_merged(settings, run, folder):
 
 def read(run, name):
     """The JSON file `name` of the folder `run`. FileNotFoundError that says how it is made."""
-    path, made_by = Path(run) / name, {"training.json": "python -m utils.train", "evaluation.json": "notebook 06"}[name]
+    path, made_by = (
+        Path(run) / name,
+        {"training.json": "python -m scripts.train", "evaluation.json": "notebook 04"}[name],
+    )
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing, and a card without it would say nothing: it is made by {made_by}")
+        raise FileNotFoundError(
+            f"{path} is missing, and a card without it would say nothing: it is made by {made_by}"
+        )
     return json.loads(path.read_text())
 
 
@@ -91,7 +101,9 @@ def plain(value):
 
     A <span> within keeps a formula or an address from being recognised: in an address, a backslash would be part of it.
     """
-    escaped = re.sub(r"[\\`*_{}\[\]|#~!$]", r"\\\g<0>", escape(" ".join(str(value).split()), quote=False))
+    escaped = re.sub(
+        r"[\\`*_{}\[\]|#~!$]", r"\\\g<0>", escape(" ".join(str(value).split()), quote=False)
+    )
     return re.sub(r"\\\$|\\\\(?=[a-z(]|\\\[)|://|www\.|@", r"<span>\g<0></span>", escaped)
 
 
@@ -121,22 +133,44 @@ def model_card(run, merged=False):
     settings = record["settings"]
     model, data = settings["model"], settings["dataset"]
     if data not in DATA_LICENCES:
-        raise ValueError(f"the licence of the data set {data} is not known: look it up, and add it to DATA_LICENCES in utils/share.py")
+        raise ValueError(
+            f"the licence of the data set {data} is not known: look it up, and add it to DATA_LICENCES in utils/model_card.py"
+        )
     licence, meaning = DATA_LICENCES[data]
     relation, library = ("finetune", "transformers") if merged else ("adapter", "peft")
-    head = {"base_model": model, "base_model_relation": relation, "datasets": [data], "license": licence, "library_name": library}
+    head = {
+        "base_model": model,
+        "base_model_relation": relation,
+        "datasets": [data],
+        "license": licence,
+        "library_name": library,
+    }
     head |= {"pipeline_tag": "image-text-to-text", "tags": ["dpo", "trl"]}
     place = "THIS" if merged else json.dumps(model)
-    load = "from transformers import AutoModelForImageTextToText, AutoProcessor\n" + ("" if merged else "from peft import PeftModel\n")
+    load = "from transformers import AutoModelForImageTextToText, AutoProcessor\n" + (
+        "" if merged else "from peft import PeftModel\n"
+    )
     load += f"THIS = '…'  # where this file lies\nmodel = AutoModelForImageTextToText.from_pretrained({place})\n"
-    load += ("" if merged else "model = PeftModel.from_pretrained(model, THIS)\n") + f"processor = AutoProcessor.from_pretrained({place})"
+    load += (
+        "" if merged else "model = PeftModel.from_pretrained(model, THIS)\n"
+    ) + f"processor = AutoProcessor.from_pretrained({place})"
     measured = []
     for name, meant in METRICS.items():
-        change, before, after = evaluation["difference"][name], evaluation["base"][name], evaluation["dpo"][name]
+        change, before, after = (
+            evaluation["difference"][name],
+            evaluation["base"][name],
+            evaluation["dpo"][name],
+        )
         interval = f"{shown(name, change['low'], '+')} to {shown(name, change['high'], '+')}"
-        measured.append([name, shown(name, before), shown(name, after), interval, f"{change['p']:.2g}", meant])
+        measured.append(
+            [name, shown(name, before), shown(name, after), interval, f"{change['p']:.2g}", meant]
+        )
     final = [[name, f"{record['final'][name]:.4f}"] for name in FINAL if name in record["final"]]
-    done = [["steps", record["steps"]], ["pairs", record["pairs"]], ["seconds", f"{record['seconds']:.0f}"]]
+    done = [
+        ["steps", record["steps"]],
+        ["pairs", record["pairs"]],
+        ["seconds", f"{record['seconds']:.0f}"],
+    ]
     blocks = [
         "---\n" + "\n".join(f"{key}: {quoted(value)}" for key, value in head.items()) + "\n---",
         f"# {plain(model)}, tuned with DPO on {plain(data)}",
@@ -144,12 +178,20 @@ def model_card(run, merged=False):
         "model name fewer things that are not in the picture.",
         f"```python\n{load}\n```",
         f"## Licence\n\nThe preference pairs, {plain(data)}, are under {meaning}. The base model's own licence holds besides.",
-        "## Training\n\n" + table(["setting", "value"], [[name, settings[name]] for name in SETTINGS]),
+        "## Training\n\n"
+        + table(["setting", "value"], [[name, settings[name]] for name in SETTINGS]),
         table(["done", ""], done) + "\n\n" + table(["metric of the last steps", "value"], final),
         f"## Evaluation\n\nOn {evaluation['n']} images of {plain(settings['evaluation_dataset'])}, greedy decoding; one training seed.",
-        table(["metric", "base", "tuned", "95% interval of the difference", "p", "what it counts"], measured),
+        table(
+            ["metric", "base", "tuned", "95% interval of the difference", "p", "what it counts"],
+            measured,
+        ),
         "These figures say nothing about other kinds of images. Intervals come from a bootstrap over images, p from swapping the two "
-        "answers to an image; p is not adjusted for the number of metrics, and near 0.05 the two may disagree." + BUILT.get(model, ""),
-        "## Versions\n\n" + ", ".join(f"{plain(name)} {plain(version)}" for name, version in record["versions"].items()),
+        "answers to an image; p is not adjusted for the number of metrics, and near 0.05 the two may disagree."
+        + BUILT.get(model, ""),
+        "## Versions\n\n"
+        + ", ".join(
+            f"{plain(name)} {plain(version)}" for name, version in record["versions"].items()
+        ),
     ]
     return "\n\n".join(blocks) + "\n"
