@@ -14,22 +14,23 @@ setup: ## .venv from requirements.lock; every other target does it too
 tutorial: setup ## run every notebook into build/notebooks/, offline, on any CPU
 	@$(PYTHON) -m tools.notebooks run
 
+# Two processes, each with one thread: see tests/conftest.py.
 test: setup ## all tests
-	@$(PYTHON) -m pytest -q
+	@$(PYTHON) -m pytest -q -n 2 --dist worksteal
 
-test-colab: setup ## Colab's versions in build/colab: installs requirements-colab.txt on them, runs notebooks 01 to 06
+test-colab: setup ## notebooks 01 to 06 on the versions that Colab has, installed in build/colab
 	@$(PYTHON) -m tools.colab
 
 lab: setup ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab notebooks
 
-notebooks: setup ## run the notebooks on the embedded default and put them back with their outputs, to be committed
-	@$(PYTHON) -m tools.notebooks commit
+notebooks: setup ## run the stale notebooks (ALL=1: all) and put them back with their outputs, to be committed
+	@$(PYTHON) -m tools.notebooks commit $(if $(ALL),--all)
 
-check: setup ## style, and the tests that take seconds
+check: setup ## style, and the quick tests: about a minute
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
-	@$(PYTHON) -m pytest -q tests/test_notebooks.py tests/test_house.py
+	@$(PYTHON) -m pytest -q -n 2 --dist worksteal --ignore=tests/slow
 
 # Pins that still fit are kept; delete requirements.lock first to move every one.
 lock: setup ## bring requirements.lock up to requirements.txt and pyproject.toml

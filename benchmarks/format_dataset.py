@@ -1,7 +1,8 @@
-"""Format preference pairs as chats: the article's recipe against ours: python -m benchmarks.format_dataset [--rows 1000]
+"""Compare two ways to format preference pairs as chats: python -m benchmarks.format_dataset
 
-Both read the same generated JPEGs (640×480) from one Parquet file, each in a process of its own so that peak memory can be
-told apart. Prints a table and one line of JSON.
+"article" is the usual recipe with `map`, "ours" is `chat.format_dataset`. Both read the same
+generated JPEGs (640×480) from one Parquet file, each in its own process, so that their peak
+memory can be told apart. Prints a table and one line of JSON.
 """
 
 import argparse
@@ -23,121 +24,133 @@ from PIL import Image
 from utils import chat, models
 from utils.settings import PROFILES
 
-DIFFERENT_PICTURES = (
-    100  # drawn once each and repeated: drawing 33,000 would take longer than what is measured
-)
+RECIPES = ("article", "ours")
+DIFFERENT_JPEGS = 100  # drawn once and repeated, because drawing takes longer than formatting
 COMPARED = 50  # rows whose pixels are compared
 
 
-def picture(number):
-    """A JPEG, 640×480, as hard to compress as a photograph: smooth shapes with some noise."""
-    random = np.random.default_rng(number)
-    coarse = Image.fromarray(random.integers(0, 256, size=(12, 16, 3), dtype=np.uint8)).resize(
-        (640, 480), Image.Resampling.BICUBIC
-    )
-    noisy = np.clip(
-        np.asarray(coarse, dtype=np.int16) + random.normal(0, 6, size=(480, 640, 1)), 0, 255
-    ).astype(np.uint8)
+def jpeg(number):
+    """Return a JPEG file (640×480) as hard to compress as a photograph: smooth, with some noise."""
+    generator = np.random.default_rng(number)
+    blocks = generator.integers(0, 256, size=(12, 16, 3), dtype=np.uint8)
+    smooth = Image.fromarray(blocks).resize((640, 480), Image.Resampling.BICUBIC)
+    noise = generator.normal(0, 6, size=(480, 640, 1))
+    pixels = np.clip(np.asarray(smooth, dtype=np.int16) + noise, 0, 255).astype(np.uint8)
     stored = io.BytesIO()
-    Image.fromarray(noisy).save(stored, "JPEG", quality=90)
+    Image.fromarray(pixels).save(stored, "JPEG", quality=90)
     return stored.getvalue()
 
 
-def write_parquet(path, rows):
-    """`rows` preference pairs in RLAIF-V's columns at `path`; returns how many bytes their images have."""
-    pictures = [picture(number) for number in range(min(rows, DIFFERENT_PICTURES))]
+def write_pairs(path, rows):
+    """Write `rows` pairs in RLAIF-V's columns to `path`. Return the bytes of all their images."""
+    jpegs = [jpeg(number) for number in range(min(rows, DIFFERENT_JPEGS))]
 
     def generate():
         for number in range(rows):
             words = f"object {number} on a table beside a window "
-            answers = {
-                "question": f"What is in picture {number}?",
+            yield {
+                "image": {"bytes": jpegs[number % len(jpegs)], "path": f"{number}.jpg"},
+                "question": f"What is in image {number}?",
                 "chosen": words * 12,
                 "rejected": words * 14,
             }
-            yield {
-                "image": {"bytes": pictures[number % len(pictures)], "path": f"{number}.jpg"}
-            } | answers
 
-    text = datasets.Value("string")
     features = datasets.Features(
-        {"image": datasets.Image(), "question": text, "chosen": text, "rejected": text}
+        {
+            "image": datasets.Image(),
+            "question": datasets.Value("string"),
+            "chosen": datasets.Value("string"),
+            "rejected": datasets.Value("string"),
+        }
     )
     with tempfile.TemporaryDirectory() as cache:
-        datasets.Dataset.from_generator(generate, features=features, cache_dir=cache).to_parquet(
-            path, batch_size=100
-        )
-    return sum(len(pictures[number % len(pictures)]) for number in range(rows))
+        pairs = datasets.Dataset.from_generator(generate, features=features, cache_dir=cache)
+        pairs.to_parquet(path, batch_size=100)
+    return sum(len(jpegs[number % len(jpegs)]) for number in range(rows))
 
 
-def article(dataset, processor):
-    """As the article does it: decode every image, let `map` write it again, then cast."""
+def format_as_article(dataset, processor):
+    """Format `dataset` the usual way: decode every image, let `map` write it again, then cast."""
 
-    def format(example):
-        prompt = processor.apply_chat_template(
-            chat.prompt_messages(example["question"]), tokenize=False
-        )
-        answers = {
-            name: processor.apply_chat_template(chat.answer_messages(example[name]), tokenize=False)
-            for name in ("chosen", "rejected")
-        }
-        return {"images": [example["image"]], "prompt": prompt} | answers
+    def format_row(row):
+        formatted = {"images": [row["image"]]}
+        question = chat.prompt_messages(row["question"])
+        formatted["prompt"] = processor.apply_chat_template(question, tokenize=False)
+        for side in ("chosen", "rejected"):
+            answer = chat.answer_messages(row[side])
+            formatted[side] = processor.apply_chat_template(answer, tokenize=False)
+        return formatted
 
-    dataset = dataset.map(format, writer_batch_size=10, remove_columns=dataset.column_names)
+    dataset = dataset.map(format_row, writer_batch_size=10, remove_columns=dataset.column_names)
     features = dataset.features
     features["images"] = datasets.List(datasets.Image(decode=True))
     return dataset.cast(features)
 
 
-def ours(dataset, processor):
-    return chat.format_dataset(dataset)
-
-
-def written(folder):
+def arrow_bytes(folder):
+    """Return how many bytes the Arrow files in `folder` hold."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*.arrow"))
 
 
-def measure(name, parquet, rows):
-    """{"rows_per_second", "bytes_written", "peak_memory" (bytes above what was there), "pixels"} of one recipe, in this process."""
+def peak_memory():
+    """Return the peak resident memory of this process in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compared_rows(rows):
+    """Return the numbers of the rows whose pixels are compared."""
+    return range(0, rows, max(1, rows // COMPARED))
+
+
+def measure(recipe, parquet, rows):
+    """Measure one recipe in this process.
+
+    Returns {"rows_per_second", "bytes_written", "peak_memory": bytes above what was used before,
+    "pixels": arrays (height, width, 3) of the compared rows}.
+    """
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:
         dataset = datasets.load_dataset(
             "parquet", data_files=parquet, split="train", cache_dir=cache
         )
-        processor, before, memory = (
-            models.load_processor(PROFILES["embedded"]),
-            written(cache),
-            peak(),
-        )
+        processor = models.load_processor(PROFILES["embedded"])
+        bytes_before = arrow_bytes(cache)
+        memory_before = peak_memory()
         start = time.perf_counter()
-        formatted = {"article": article, "ours": ours}[name](dataset, processor)
-        formatted.select_columns(["prompt", "chosen", "rejected"])[
-            :
-        ]  # ours makes the messages here, when a row is read
-        seconds, memory = time.perf_counter() - start, peak() - memory
-        numbers = range(0, rows, max(1, rows // COMPARED))
-        images = [formatted[number]["image" if name == "ours" else "images"] for number in numbers]
-        pixels = [
-            np.asarray(image if name == "ours" else image[0], dtype=np.int16) for image in images
-        ]
+        if recipe == "article":
+            formatted = format_as_article(dataset, processor)
+        else:
+            formatted = chat.format_dataset(dataset)
+        # Ours makes the messages only when a row is read, so every row is.
+        formatted.select_columns(["prompt", "chosen", "rejected"])[:]
+        seconds = time.perf_counter() - start
+        memory = peak_memory() - memory_before
+        pixels = []
+        for number in compared_rows(rows):
+            row = formatted[number]
+            image = row["images"][0] if "images" in row else row["image"]
+            pixels.append(np.asarray(image, dtype=np.int16))
         return {
             "rows_per_second": rows / seconds,
-            "bytes_written": written(cache) - before,
+            "bytes_written": arrow_bytes(cache) - bytes_before,
             "peak_memory": memory,
             "pixels": pixels,
         }
 
 
-def peak():
-    """Peak resident memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
 def alone(*arguments):
+    """Return `measure(*arguments)`, computed in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(measure, *arguments).result()
+
+
+def largest_pixel_difference(images, others):
+    """Return the largest difference between the pixels of two lists of images."""
+    differences = []
+    for image, other in zip(images, others, strict=True):
+        differences.append(int(np.abs(image - other).max()))
+    return max(differences)
 
 
 def main():
@@ -147,30 +160,32 @@ def main():
     parser.add_argument("--rows", type=int, default=1000)
     rows = parser.parse_args().rows
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    truth = []
+    for number in compared_rows(rows):
+        image = Image.open(io.BytesIO(jpeg(number % DIFFERENT_JPEGS)))
+        truth.append(np.asarray(image, np.int16))
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         parquet = str(Path(folder) / "pairs.parquet")
-        image_bytes = write_parquet(parquet, rows)
-        truth = [
-            np.asarray(Image.open(io.BytesIO(picture(n % DIFFERENT_PICTURES))), np.int16)
-            for n in range(0, rows, max(1, rows // COMPARED))
-        ]
-        results = {name: alone(name, parquet, rows) for name in ("article", "ours")}
+        image_bytes = write_pairs(parquet, rows)
+        for recipe in RECIPES:
+            results[recipe] = alone(recipe, parquet, rows)
+
     print(f"{rows} rows, {image_bytes / 1e6:.1f} MB of JPEGs")
-    print(
-        f"{'':8} {'rows/s':>9} {'written MB':>11} {'peak memory +MB':>16} {'pixel difference':>17}"
-    )
-    for name, result in results.items():
-        result["difference"] = max(
-            int(np.abs(a - b).max()) for a, b in zip(result.pop("pixels"), truth, strict=True)
+    print(f"{'':8}    rows/s  written MB  peak memory +MB  pixel difference")
+    for recipe, result in results.items():
+        result["difference"] = largest_pixel_difference(result["pixels"], truth)
+        print(
+            f"{recipe:8}{result['rows_per_second']:10.0f}{result['bytes_written'] / 1e6:12.1f}"
+            f"{result['peak_memory'] / 1e6:17.1f}{result['difference']:18}"
         )
-        sizes = f"{result['bytes_written'] / 1e6:11.1f} {result['peak_memory'] / 1e6:16.1f}"
-        print(f"{name:8} {result['rows_per_second']:9.0f} {sizes} {result['difference']:17}")
+    article = results["article"]
+    ours = results["ours"]
     summary = {
         "rows": rows,
-        "rows_per_second_ratio": results["ours"]["rows_per_second"]
-        / results["article"]["rows_per_second"],
-        "bytes_written_share": results["ours"]["bytes_written"] / image_bytes,
-        "largest_pixel_difference": results["ours"]["difference"],
+        "rows_per_second_ratio": ours["rows_per_second"] / article["rows_per_second"],
+        "bytes_written_share": ours["bytes_written"] / image_bytes,
+        "largest_pixel_difference": ours["difference"],
         "peak_memory_mb": {name: result["peak_memory"] / 1e6 for name, result in results.items()},
     }
     print(json.dumps(summary))

@@ -1,10 +1,12 @@
-"""Kill training again and again, resume it, compare: python -m benchmarks.kill [--times 20] [--seed 0]
+"""Kill training at random moments, resume it, and compare: python -m benchmarks.kill
 
-Each time a short run of the embedded default is killed (SIGKILL) at a random moment: anywhere between its beginning and its end or,
-every second time, while it saves a checkpoint or the adapter. It is resumed, every third time killed and resumed once more, and its
-adapter compared, bit for bit, with that of a run that nobody disturbed. Every attempt is a process of its own.
+A short run of the embedded default is killed (SIGKILL) and resumed. The moment is anywhere between
+its beginning and its end or, in every second run, while it saves a checkpoint or the adapter. Every
+third run is killed and resumed twice. Its adapter is compared, bit for bit, with that of an
+undisturbed run. Every attempt is a new process.
 
-Writes results/reliability.json, prints a table and one line of JSON; fails where a run ended at another adapter.
+Writes results/reliability.json, prints a table and one line of JSON. Fails if a run ended at
+another adapter.
 """
 
 import argparse
@@ -27,19 +29,24 @@ from safetensors.torch import load_file
 from utils import chat, checkpoints, models, preferences, training, versions
 from utils.settings import PROFILES, ROOT
 
-STEPS, SAVE_STEPS, PAIRS = 16, 2, 4
-SHORT = {
-    "train_split": f"train[:{STEPS * PAIRS // 2}]",
-    "epochs": 2,
-    "batch_size": PAIRS,
-    "warmup_steps": 2,
-    "save_steps": SAVE_STEPS,
-}
-SETTINGS = replace(PROFILES["embedded"], **SHORT)
+STEPS = 16
+SAVE_STEPS = 2
+PAIRS = 4
+SETTINGS = replace(
+    PROFILES["embedded"],
+    train_split=f"train[:{STEPS * PAIRS // 2}]",  # twice this many pairs in two epochs
+    epochs=2,
+    batch_size=PAIRS,
+    warmup_steps=2,
+    save_steps=SAVE_STEPS,
+)
 
 
 class Tell(transformers.TrainerCallback):
-    """Sends ("begin" | "step" | "saved" | "end", optimizer steps done) through `connection` when it happens."""
+    """Send (event, optimizer steps done) through `connection` as training goes on.
+
+    The events are "begin", "step", "saved" and "end".
+    """
 
     def __init__(self, connection):
         self.connection = connection
@@ -57,23 +64,27 @@ class Tell(transformers.TrainerCallback):
         self.connection.send(("end", state.global_step))
 
 
-def train(output, resume, connection):
-    """One attempt, in a process of its own."""
+def train_in_child(output, resume, connection):
+    """Train into `output`. This is what a child process runs."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # what was found on disk is reported by the parent
+    warnings.simplefilter("ignore")  # the parent reports what it finds on disk
     processor = models.load_processor(SETTINGS)
+    model = models.load_model(SETTINGS)
     rows = chat.format_dataset(preferences.load(SETTINGS.dataset, SETTINGS.train_split))
-    changes = {"callbacks": [Tell(connection)], "disable_tqdm": True}
+    callbacks = [Tell(connection)]
     trainer = training.make_trainer(
-        SETTINGS, models.load_model(SETTINGS), processor, rows, output, **changes
+        SETTINGS, model, processor, rows, output, callbacks=callbacks, disable_tqdm=True
     )
-    training.train(trainer, SETTINGS, resume=resume)
+    training.train(SETTINGS, trainer, resume=resume)
 
 
-def processes():
-    """Makes processes that start from one which has imported the libraries and done nothing else, so that each begins in a second."""
+def process_context():
+    """Return what makes processes that start within a second.
+
+    They start from one that has imported the libraries and done nothing else.
+    """
     os.environ["TQDM_DISABLE"] = "1"
-    # A killed process cannot give its semaphores back; Python's tracker does it, and would say so at the end.
+    # A killed process cannot release its semaphores. Python's tracker does, and would warn.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["utils.chat", "utils.training"])
@@ -81,173 +92,214 @@ def processes():
 
 
 def reached(moment, told, output):
-    """Whether `moment` has come: {"seconds"} after the beginning, or the "folder" that is saved after an "event" holds so many "files"."""
+    """Return whether `moment` has come.
+
+    It is {"seconds": since training began} or {"event", "folder", "files"}: after the event, the
+    folder that is being saved holds so many files.
+    """
     if not told:
         return False
     if "seconds" in moment:
-        return time.monotonic() - told[0][2] >= moment["seconds"]
-    return (
-        told[-1][:2] == moment["event"]
-        and len(list((output / moment["folder"]).glob("*"))) >= moment["files"]
-    )
+        _, _, begun = told[0]
+        return time.monotonic() - begun >= moment["seconds"]
+    event, step, _ = told[-1]
+    if (event, step) != moment["event"]:
+        return False
+    return len(list((output / moment["folder"]).glob("*"))) >= moment["files"]
 
 
 def attempt(context, output, begin, moment=None):
-    """Train into `output`, in a process that is killed at `moment` (None: never); resume unless `begin`, the step to go on from, is 0.
+    """Train into `output` from optimizer step `begin`, in a process that is killed at `moment`.
 
-    Returns ([(event, step, at)] that it told, when it was killed or None); RuntimeError when it failed or began elsewhere.
+    Returns [(event, step, time)] as the process told them, and when it was killed or None.
+    RuntimeError when training failed by itself or began at another step.
     """
     receiver, sender = context.Pipe(duplex=False)
-    process, told, killed = (
-        context.Process(target=train, args=(output, begin > 0, sender)),
-        [],
-        None,
-    )
+    process = context.Process(target=train_in_child, args=(output, begin > 0, sender))
     process.start()
     sender.close()  # so that reading ends when the process does
+    told = []
+    killed = None
     try:
         while True:
             if receiver.poll(0.0005):
-                told.append((*receiver.recv(), time.monotonic()))
+                event, step = receiver.recv()
+                told.append((event, step, time.monotonic()))
             if moment and not killed and reached(moment, told, output):
                 process.kill()
                 killed = time.monotonic()
-    except (EOFError, OSError):  # it has ended; OSError: in the middle of a message
+    except (EOFError, OSError):  # the process has ended; OSError: in the middle of a message
         process.join()
     if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(
-            f"training failed by itself, exit code {process.exitcode}: its message stands above"
+            f"training failed by itself, exit code {process.exitcode}: see its error above"
         )
-    if told[0][:2] != ("begin", begin):  # then an equal end would prove nothing
-        raise RuntimeError(f"training began at step {told[0][1]} instead of {begin}")
-    return told, killed if process.exitcode else None
+    event, step, _ = told[0]
+    if (event, step) != ("begin", begin):  # then an equal end would prove nothing
+        raise RuntimeError(f"training began at step {step} instead of {begin}")
+    if process.exitcode == 0:
+        killed = None  # it ended before the signal came
+    return told, killed
 
 
-def choose(draw, saving, begin, seconds, files):
-    """A random moment of a run that goes on from optimizer step `begin`: while it saves, or any.
+def choose_moment(draw, saving, begin, seconds, files):
+    """Draw a moment of a run that resumes from optimizer step `begin`, `saving` or any.
 
-    `seconds`: {step: from there to the end}, and `files`: {"checkpoint", "adapter": files in it}, are of the undisturbed run."""
+    From the undisturbed run come `seconds`, {step: from there to the end}, and `files`, how many
+    files there are in {"checkpoint", "adapter"}.
+    """
     if not saving:
         return {"seconds": draw.uniform(0, seconds[begin])}
+    # One more than the checkpoints: after the last of them the adapter is saved.
     step = draw.randrange(begin + SAVE_STEPS, STEPS + SAVE_STEPS + 1, SAVE_STEPS)
     if step > STEPS:
-        return {
-            "event": ("end", STEPS),
-            "folder": "adapter.new",
-            "files": draw.randint(1, files["adapter"]),
-        }
-    return {
-        "event": ("step", step),
-        "folder": f"checkpoint-{step}",
-        "files": draw.randint(1, files["checkpoint"]),
-    }
+        event = ("end", STEPS)
+        folder = "adapter.new"
+        count = files["adapter"]
+    else:
+        event = ("step", step)
+        folder = f"checkpoint-{step}"
+        count = files["checkpoint"]
+    return {"event": event, "folder": folder, "files": draw.randint(1, count)}
 
 
-def on_disk(output):
-    """{checkpoint: "whole" or what is wrong with it}, newest first, and the same of the adapter if there is one."""
-    found = {
-        folder.name: checkpoints.damage(folder) or "whole"
-        for folder in checkpoints.newest_first(output)
-    }
-    if (output / "adapter").exists():
-        found["adapter"] = (
-            "damaged"
-            if any(map(checkpoints.unreadable, (output / "adapter").iterdir()))
-            else "whole"
-        )
+def saved_in(output):
+    """Return {checkpoint or "adapter": "whole" or what is wrong with it}, newest first."""
+    found = {}
+    for folder in checkpoints.newest_first(output):
+        found[folder.name] = checkpoints.damage(folder) or "whole"
+    adapter = output / "adapter"
+    if adapter.exists():
+        damaged = any(checkpoints.unreadable(path) for path in adapter.iterdir())
+        found["adapter"] = "damaged" if damaged else "whole"
     return found
 
 
+def step_to_resume(found):
+    """Return the optimizer step of the newest whole checkpoint in `found`, 0 without one."""
+    for name, problem in found.items():
+        if problem == "whole" and name != "adapter":
+            return int(name.removeprefix("checkpoint-"))
+    return 0
+
+
 def kill_and_resume(context, output, times, draw, saving, seconds, files):
-    """Kill a run in `output` `times` times, going on after each, and let it end; returns one entry a kill."""
-    kills, resumed = [], 0
+    """Kill a run in `output` `times` times, resume it each time, and let it end.
+
+    Returns one entry per kill.
+    """
+    kills = []
+    resumed = 0
     while len(kills) < times:
-        moment = choose(draw, saving, resumed, seconds, files)
+        moment = choose_moment(draw, saving, resumed, seconds, files)
         told, killed = attempt(context, output, resumed, moment)
-        if not killed:  # it was quicker than the undisturbed one: all over again
+        if not killed:  # it was faster than the undisturbed run and ended first: start over
             shutil.rmtree(output)
-            kills, resumed = [], 0
+            kills = []
+            resumed = 0
             continue
-        found = on_disk(output)
-        resumed = next(
-            (
-                int(name.split("-")[1])
-                for name, problem in found.items()
-                if problem == "whole" and name != "adapter"
-            ),
-            0,
+        found = saved_in(output)
+        resumed = step_to_resume(found)
+        _, _, begun = told[0]
+        event, step, _ = told[-1]
+        kills.append(
+            {
+                "chosen": moment,
+                "seconds": round(killed - begun, 3),
+                "last_told": f"{event} {step}",
+                "found": found,
+                "resumed_from": resumed,
+            }
         )
-        entry = {
-            "chosen": moment,
-            "seconds": round(killed - told[0][2], 3),
-            "last_told": f"{told[-1][0]} {told[-1][1]}",
-        }
-        kills.append(entry | {"found": found, "resumed_from": resumed})
     attempt(context, output, resumed)
     return kills
 
 
-def difference(output, undisturbed):
-    """The largest difference between the adapters of two folders; 0: equal to the last bit."""
-    ours, theirs = (
-        load_file(folder / "adapter" / "adapter_model.safetensors")
-        for folder in (output, undisturbed)
-    )
-    return max(
-        (ours[name] - theirs[name]).abs().max().item() for name in ours.keys() | theirs.keys()
-    )
+def adapter_difference(output, undisturbed):
+    """Return the largest difference between the adapters in two folders. 0: equal bit for bit."""
+    ours = load_file(output / "adapter" / "adapter_model.safetensors")
+    theirs = load_file(undisturbed / "adapter" / "adapter_model.safetensors")
+    differences = []
+    for name in ours.keys() | theirs.keys():
+        differences.append((ours[name] - theirs[name]).abs().max().item())
+    return max(differences)
+
+
+def print_kills(number, kills, difference):
+    """Print the kills of run `number`, one to a line."""
+    for kill in kills:
+        found = []
+        for name, problem in kill["found"].items():
+            found.append(f"{name.removeprefix('checkpoint-')} {problem}")
+        during = kill["chosen"].get("folder", kill["last_told"])
+        outcome = f"{difference:g}" if kill is kills[-1] else "(killed again)"
+        print(
+            f"{number:3}{kill['seconds']:9.2f} s  {during:15}{', '.join(found) or 'nothing':56}"
+            f"{kill['resumed_from']:12}  {outcome}",
+            flush=True,
+        )
 
 
 def measure(times, seed, folder):
-    """The record of `times` runs in `folder`; a row of the table each."""
-    context, draw, runs = processes(), random.Random(seed), []
+    """Kill and resume `times` runs in `folder`, print a row for each kill, return the record."""
+    context = process_context()
+    draw = random.Random(seed)
     straight = folder / "undisturbed"
-    (told, _), end = attempt(context, straight, 0), time.monotonic()
-    seconds = {step: end - at for event, step, at in told if event in ("begin", "saved")}
-    saved = {"checkpoint": straight / f"checkpoint-{STEPS}", "adapter": straight / "adapter"}
-    files = {name: len(list(place.iterdir())) for name, place in saved.items()}
+    told, _ = attempt(context, straight, 0)
+    end = time.monotonic()
+    seconds = {}
+    for event, step, at in told:
+        if event in ("begin", "saved"):
+            seconds[step] = end - at
+    files = {
+        "checkpoint": len(list((straight / f"checkpoint-{STEPS}").iterdir())),
+        "adapter": len(list((straight / "adapter").iterdir())),
+    }
     print(
-        f"undisturbed: {STEPS} steps, a checkpoint every {SAVE_STEPS}, {seconds[0]:.1f} s from the first step to the end\n"
+        f"undisturbed: {STEPS} optimizer steps, a checkpoint every {SAVE_STEPS}, "
+        f"{seconds[0]:.1f} s from the first step to the end\n"
     )
     print(f"{'run':>3}{'killed at':>11}  {'during':15}{'on disk':56}resumed from  difference")
+    runs = []
     for number in range(times):
         output = folder / f"run-{number}"
-        kills = kill_and_resume(
-            context, output, 1 + (number % 3 == 2), draw, number % 2 == 1, seconds, files
-        )
-        runs.append({"largest_difference": difference(output, straight), "kills": kills})
-        for kill in kills:
-            found = (
-                ", ".join(
-                    f"{name.removeprefix('checkpoint-')} {problem}"
-                    for name, problem in kill["found"].items()
-                )
-                or "nothing"
-            )
-            during = kill["chosen"].get("folder", kill["last_told"])
-            outcome = (
-                f"{runs[-1]['largest_difference']:g}" if kill is kills[-1] else "(killed again)"
-            )
-            print(
-                f"{number + 1:3}{kill['seconds']:9.2f} s  {during:15}{found:56}{kill['resumed_from']:12}  {outcome}",
-                flush=True,
-            )
-    kills = [kill for run in runs for kill in run["kills"]]
+        twice = number % 3 == 2
+        saving = number % 2 == 1
+        kills = kill_and_resume(context, output, 2 if twice else 1, draw, saving, seconds, files)
+        difference = adapter_difference(output, straight)
+        runs.append({"largest_difference": difference, "kills": kills})
+        print_kills(number + 1, kills, difference)
+    return reliability_record(runs, seed, seconds[0])
+
+
+def reliability_record(runs, seed, seconds):
+    """Return what results/reliability.json holds."""
+    kills = 0
+    while_saving = 0
+    left_damage = 0
+    equal = 0
+    for run in runs:
+        if run["largest_difference"] == 0:
+            equal += 1
+        for kill in run["kills"]:
+            kills += 1
+            if "folder" in kill["chosen"]:
+                while_saving += 1
+            if set(kill["found"].values()) - {"whole"}:
+                left_damage += 1
     return {
         "runs": len(runs),
-        "kills": len(kills),
-        "kills_while_saving": sum("folder" in kill["chosen"] for kill in kills),
-        "kills_that_left_a_damaged_checkpoint": sum(
-            bool(set(kill["found"].values()) - {"whole"}) for kill in kills
-        ),
-        "equal_to_the_last_bit": sum(run["largest_difference"] == 0 for run in runs),
+        "kills": kills,
+        "kills_while_saving": while_saving,
+        "kills_that_left_a_damaged_checkpoint": left_damage,
+        "equal_to_the_last_bit": equal,
         "largest_difference": max(run["largest_difference"] for run in runs),
         "setup": {
             "steps": STEPS,
             "save_steps": SAVE_STEPS,
             "pairs_a_step": PAIRS,
             "seed": seed,
-            "seconds": seconds[0],
+            "seconds": seconds,
         },
         "versions": versions(*training.LIBRARIES),
         "each": runs,
@@ -263,16 +315,12 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         record = measure(options.times, options.seed, Path(folder))
-    (ROOT / "results" / "reliability.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(
-        json.dumps(
-            {
-                name: value
-                for name, value in record.items()
-                if name not in ("setup", "versions", "each")
-            }
-        )
-    )
+    text = json.dumps(record, indent=1) + "\n"
+    (ROOT / "results" / "reliability.json").write_text(text)
+    summary = dict(record)
+    for name in ("setup", "versions", "each"):
+        del summary[name]
+    print(json.dumps(summary))
     if record["equal_to_the_last_bit"] < record["runs"]:
         raise SystemExit("a run ended at another adapter: see results/reliability.json")
 

@@ -1,7 +1,8 @@
-"""The base model: an Idefics3 of about 2 million parameters with its own tokenizer, processor and chat template.
+"""The base model: an Idefics3 with about 2 million parameters, its tokenizer and chat template.
 
-It is trained as real vision language models are: the vision tower learns to see, connector and language model are
-aligned with the tower frozen, then instruction tuning on descriptions and questions of which a share is wrong.
+It is trained in three stages, as real vision language models are. The vision tower learns to see.
+Connector and language model are aligned while the tower is frozen. Then comes instruction tuning
+on descriptions and questions, and a share of the answers in it is wrong.
 """
 
 import random
@@ -12,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Idefics3Config,
@@ -24,29 +26,29 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from embedded.scenes import (
     CATEGORIES,
-    COLOURS,
-    DESCRIBE,
+    COLORS,
+    DESCRIBE_QUESTIONS,
     PLACES,
     describe,
     question_about,
     sample_scene,
-    scene_and_picture,
+    scene_and_image,
     with_planted_mistakes,
 )
 
-SIDE, PATCH, SHUFFLE, WIDTH = (
-    72,
-    8,
-    3,
-    128,
-)  # 9 × 9 patches; 3 × 3 of them make one image token: one token a cell
+# 9 × 9 patches. 3 × 3 of them make one image token, so every cell of the grid gets one token.
+SIDE = 72
+PATCH = 8
+SHUFFLE = 3
 GRID = SIDE // PATCH
 IMAGE_TOKENS = (GRID // SHUFFLE) ** 2
-ADDED, FORGOTTEN = (
-    0.9,
-    0.15,
-)  # planted: share of absent companions named, share of objects and existing things left out
-SPECIAL = [
+WIDTH = 128
+# What is planted: the share of absent companions that are named, and the share of objects that
+# are left out of a description or denied in an answer.
+ADDED = 0.9
+FORGOTTEN = 0.15
+IGNORED = -100  # PyTorch's label for "no loss here"
+SPECIAL_TOKENS = [
     "<unk>",
     "<s>",
     "</s>",
@@ -58,35 +60,35 @@ SPECIAL = [
 CHAT_TEMPLATE = (  # renders as Idefics2's does
     "{% for message in messages %}{{ message['role'] | capitalize }}"
     "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
 def make_processor():
-    """Tokenizer (byte-level BPE, learned on the world's own sentences), image processor and chat template."""
-    rng, corpus = random.Random("tokenizer"), []
+    """Return the processor: a byte-level BPE tokenizer, an image processor and the chat template.
+
+    The tokenizer is learned on sentences of the embedded world.
+    """
+    rng = random.Random("tokenizer")
+    corpus = []
     for _ in range(6000):
         objects = sample_scene(rng)
-        corpus += [
-            describe(objects),
-            rng.choice(DESCRIBE),
-            *question_about(objects, rng),
-            "User: Assistant: ",
-        ]
+        corpus.append(describe(objects))
+        corpus.append(rng.choice(DESCRIBE_QUESTIONS))
+        corpus.extend(question_about(objects, rng))
+        corpus.append("User: Assistant: ")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=[AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
-    bpe.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    bpe.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<s>",
@@ -95,41 +97,36 @@ def make_processor():
         pad_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
-    longest = {"longest_edge": SIDE}
-    images = Idefics3ImageProcessorPil(
+    image_processor = Idefics3ImageProcessorPil(
         do_image_splitting=False,
-        size=longest,
-        max_image_size=longest,
+        size={"longest_edge": SIDE},
+        max_image_size={"longest_edge": SIDE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
     return Idefics3Processor(
-        images, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE
+        image_processor, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE
     )
 
 
 def make_model(processor):
+    """Return an untrained model for the tokens of `processor`."""
     tokenizer = processor.tokenizer
-    tokens = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    text = {
+    text_config = {
         "model_type": "llama",
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
         "intermediate_size": 384,
         "num_hidden_layers": 4,
-    }
-    text |= {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
-        **tokens,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {
+    vision_config = {
         "hidden_size": WIDTH,
         "intermediate_size": 384,
         "num_hidden_layers": 4,
@@ -138,53 +135,57 @@ def make_model(processor):
         "patch_size": PATCH,
     }
     config = Idefics3Config(
-        vision_config=vision,
-        text_config=text,
+        vision_config=vision_config,
+        text_config=text_config,
         scale_factor=SHUFFLE,
         image_token_id=processor.image_token_id,
         tie_word_embeddings=True,
-        pad_token_id=tokens["pad_token_id"],
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = Idefics3ForConditionalGeneration(config)
-    stop = [tokens["eos_token_id"], tokenizer.convert_tokens_to_ids("<end_of_utterance>")]
-    model.generation_config.update(**{**tokens, "eos_token_id": stop, "do_sample": False})
+    end_of_utterance = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, end_of_utterance],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
     return model
 
 
-def pictures(seed, count):
-    """Scenes and their pictures as the processor would give them: a list of `count` scenes, uint8 (count, 3, SIDE, SIDE)."""
+def draw_scenes(seed, count):
+    """Return `count` scenes and their images at the size that the processor gives them.
+
+    The images are uint8 (count, 3, SIDE, SIDE).
+    """
     with ProcessPoolExecutor(2) as pool:
-        scenes, arrays = zip(
-            *pool.map(partial(_small, seed), range(count), chunksize=200), strict=True
-        )
-    return list(scenes), torch.from_numpy(np.stack(arrays))
+        drawn = list(pool.map(partial(_draw_small, seed), range(count), chunksize=200))
+    scenes = [objects for objects, _ in drawn]
+    images = np.stack([pixels for _, pixels in drawn])
+    return scenes, torch.from_numpy(images)
 
 
-def _small(seed, index):
-    objects, image = scene_and_picture(seed, index)
-    return objects, np.asarray(image.resize((SIDE, SIDE), 1)).transpose(
-        2, 0, 1
-    )  # 1: Lanczos, as the processor resizes
+def _draw_small(seed, index):
+    objects, image = scene_and_image(seed, index)
+    small = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)  # as the processor resizes
+    return objects, np.asarray(small).transpose(2, 0, 1)
 
 
-def to_pixels(pictures):
-    return pictures.float() / 127.5 - 1
+def to_pixels(images):
+    """Return uint8 images as the floats from −1 to 1 that the vision tower takes."""
+    return images.float() / 127.5 - 1
 
 
 def train_vision(model, scenes, images, steps, batch=64, rate=1.5e-3, log=print):
-    """Category and colour of each of the nine cells, read from its patches: what pre-training does for a real tower."""
-    tower, start = model.model.vision_model, time.time()
+    """Train the vision tower to tell the category and the color in each of the nine cells.
+
+    This is what pre-training does for a real tower.
+    """
+    start = time.time()
+    tower = model.model.vision_model
     kinds = ["nothing", *CATEGORIES]
-    head = torch.nn.Linear(WIDTH, len(kinds) + len(COLOURS))
-    category = torch.zeros(len(scenes), 9, dtype=torch.long)
-    colour = torch.full((len(scenes), 9), -100)
-    for row, objects in enumerate(scenes):
-        for o in objects:
-            cell = list(PLACES).index(o["place"])
-            category[row, cell], colour[row, cell] = (
-                kinds.index(o["category"]),
-                list(COLOURS).index(o["colour"]),
-            )
+    head = torch.nn.Linear(WIDTH, len(kinds) + len(COLORS))
+    category, color = _cell_labels(scenes, kinds)
     optimizer = torch.optim.AdamW(
         [*tower.parameters(), *head.parameters()], lr=rate, weight_decay=0.01
     )
@@ -192,96 +193,132 @@ def train_vision(model, scenes, images, steps, batch=64, rate=1.5e-3, log=print)
         optimizer, rate, total_steps=steps, pct_start=0.1
     )
     generator = torch.Generator().manual_seed(1)
-    seen = torch.ones(batch, GRID, GRID, dtype=torch.bool)
+    all_patches = torch.ones(batch, GRID, GRID, dtype=torch.bool)
     for step in range(steps):
         rows = torch.randint(len(scenes), (batch,), generator=generator)
-        hidden = tower(
-            pixel_values=to_pixels(images[rows]), patch_attention_mask=seen
-        ).last_hidden_state
-        cells = (
-            F.avg_pool2d(hidden.view(batch, GRID, GRID, WIDTH).permute(0, 3, 1, 2), SHUFFLE)
-            .flatten(2)
-            .transpose(1, 2)
-        )
-        scores, names, there = head(cells), category[rows], category[rows] > 0
-        named = F.cross_entropy(scores[..., : len(kinds)].flatten(0, 1), names.flatten())
-        named = named + 2 * F.cross_entropy(scores[..., : len(kinds)][there], names[there])
-        loss = named + F.cross_entropy(
-            scores[..., len(kinds) :].flatten(0, 1), colour[rows].flatten()
-        )
+        pixels = to_pixels(images[rows])
+        hidden = tower(pixel_values=pixels, patch_attention_mask=all_patches).last_hidden_state
+        # (batch, patches, WIDTH) → (batch, 9, WIDTH): the mean over the patches of each cell.
+        on_grid = hidden.view(batch, GRID, GRID, WIDTH).permute(0, 3, 1, 2)
+        cells = F.avg_pool2d(on_grid, SHUFFLE).flatten(2).transpose(1, 2)
+        scores = head(cells)
+        category_scores = scores[..., : len(kinds)]
+        color_scores = scores[..., len(kinds) :]
+        names = category[rows]
+        there = names > 0
+        # Most cells are empty, so those with an object count once more.
+        loss = F.cross_entropy(category_scores.flatten(0, 1), names.flatten())
+        loss = loss + 2 * F.cross_entropy(category_scores[there], names[there])
+        loss = loss + F.cross_entropy(color_scores.flatten(0, 1), color[rows].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            right = (scores[..., : len(kinds)].argmax(-1) == names)[there].float().mean().item()
+            right = (category_scores.argmax(-1) == names)[there].float().mean().item()
+            seconds = time.time() - start
             log(
-                f"vision step {step}: loss {loss.item():.3f}, objects named right {right:.3f}, {time.time() - start:.0f} s"
+                f"vision step {step}: loss {loss.item():.3f}, "
+                f"objects named correctly {right:.3f}, {seconds:.0f} s"
             )
+
+
+def _cell_labels(scenes, kinds):
+    """Return the category and the color of every cell, each (scenes, 9).
+
+    The category is an index into `kinds`. The color of an empty cell is IGNORED.
+    """
+    places = list(PLACES)
+    colors = list(COLORS)
+    category = torch.zeros(len(scenes), 9, dtype=torch.long)
+    color = torch.full((len(scenes), 9), IGNORED)
+    for row, objects in enumerate(scenes):
+        for thing in objects:
+            cell = places.index(thing["place"])
+            category[row, cell] = kinds.index(thing["category"])
+            color[row, cell] = colors.index(thing["colour"])
+    return category, color
 
 
 @torch.no_grad()
 def encode(model, images, batch=256):
-    """What the frozen tower sees, computed once: (count, patches, WIDTH)."""
-    seen = torch.ones(batch, GRID, GRID, dtype=torch.bool)
-    chunks = [to_pixels(chunk) for chunk in images.split(batch)]
-    return torch.cat(
-        [
-            model.model.vision_model(
-                pixel_values=c, patch_attention_mask=seen[: len(c)]
-            ).last_hidden_state
-            for c in chunks
-        ]
-    )
+    """Return what the frozen tower sees, computed once: (count, patches, WIDTH)."""
+    all_patches = torch.ones(batch, GRID, GRID, dtype=torch.bool)
+    encoded = []
+    for chunk in images.split(batch):
+        output = model.model.vision_model(
+            pixel_values=to_pixels(chunk), patch_attention_mask=all_patches[: len(chunk)]
+        )
+        encoded.append(output.last_hidden_state)
+    return torch.cat(encoded)
 
 
 def text_batch(processor, conversations):
-    """(question, answer) pairs → padded input_ids, labels and attention_mask; only the answer is learned."""
-    tokenizer, rows = processor.tokenizer, []
-    image = (
-        f"<fake_token_around_image><global-img>{'<image>' * IMAGE_TOKENS}<fake_token_around_image>"
-    )
+    """Return input_ids, labels and attention_mask of (question, answer) pairs, padded right.
+
+    Only the answer is learned.
+    """
+    tokenizer = processor.tokenizer
+    edge = "<fake_token_around_image>"
+    image = f"{edge}<global-img>{'<image>' * IMAGE_TOKENS}{edge}"
+    tokens = []
+    labels = []
     for question, answer in conversations:
-        prompt = tokenizer(
-            f"User:{image}{question}<end_of_utterance>\nAssistant:", add_special_tokens=False
-        )["input_ids"]
-        rows.append(
-            (
-                prompt,
-                tokenizer(f" {answer}<end_of_utterance>\n", add_special_tokens=False)["input_ids"],
-            )
-        )
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    padded = lambda row, value: row + [value] * (width - len(row))  # noqa: E731
+        prompt = f"User:{image}{question}<end_of_utterance>\nAssistant:"
+        completion = f" {answer}<end_of_utterance>\n"
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        tokens.append(prompt_ids + answer_ids)
+        labels.append([IGNORED] * len(prompt_ids) + answer_ids)
+    mask = [[1] * len(row) for row in tokens]
     return {
-        "input_ids": torch.tensor([padded(p + a, tokenizer.pad_token_id) for p, a in rows]),
-        "labels": torch.tensor([padded([-100] * len(p) + a, -100) for p, a in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(p + a), 0) for p, a in rows]),
+        "input_ids": _padded(tokens, tokenizer.pad_token_id),
+        "labels": _padded(labels, IGNORED),
+        "attention_mask": _padded(mask, 0),
     }
 
 
-def alignment(done):
-    """What the share `done` of the stage is about: (share of steps on descriptions, mistakes in descriptions?, in answers?).
+def _padded(rows, value):
+    """Return lists of numbers as one tensor, filled up on the right with `value`."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
-    Questions come first, because a place is easiest to look up; mistakes come late, when the true things are known.
+
+def alignment(done):
+    """Return what a step of the alignment is about, when the share `done` of it is over.
+
+    The result is (share of steps on descriptions, whether descriptions contain mistakes, whether
+    answers do). Questions come first, because a place is easiest to look up. Mistakes come late,
+    when the true things are known.
     """
-    return 0.1 if done < 0.2 else 0.45 if done < 0.7 else 0.6, done > 0.4, done > 0.7
+    if done < 0.2:
+        share = 0.1
+    elif done < 0.7:
+        share = 0.45
+    else:
+        share = 0.6
+    return share, done > 0.4, done > 0.7
 
 
 def instructions(done):
-    """As `alignment`. "Is there a …?" is learned last of all, and needs the larger share of the steps."""
+    """Return what a step of the instruction tuning is about; see `alignment`.
+
+    "Is there a …?" is learned last of all and needs the larger share of the steps.
+    """
     return 0.25, True, True
 
 
 def train_text(model, processor, scenes, images, steps, stage, batch=64, rate=1.2e-3, log=print):
-    """Train connector and language model for `steps` steps of a `stage` (`alignment` or `instructions`).
+    """Train connector and language model for `steps` of a `stage`: alignment or instructions.
 
-    The tower stays frozen: left trainable, its features collapse before the language model learns to use them.
+    The tower stays frozen. If it were trained too, its features would collapse before the
+    language model learns to use them.
     """
-    start, rng = time.time(), random.Random("text")
+    start = time.time()
+    rng = random.Random("text")
     model.model.vision_model.requires_grad_(False)
     seen_by_tower = encode(model, images)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=0.05
@@ -289,31 +326,28 @@ def train_text(model, processor, scenes, images, steps, stage, batch=64, rate=1.
     for step in range(steps):
         share, in_descriptions, in_answers = stage(step / steps)
         describing = rng.random() < share
-        added, forgotten = (
-            (ADDED, FORGOTTEN) if (in_descriptions if describing else in_answers) else (0, 0)
-        )
+        with_mistakes = in_descriptions if describing else in_answers
+        added = ADDED if with_mistakes else 0
+        forgotten = FORGOTTEN if with_mistakes else 0
         rows = [rng.randrange(len(scenes)) for _ in range(batch)]
-        if describing:
-            conversations = [
-                (
-                    rng.choice(DESCRIBE),
-                    describe(with_planted_mistakes(scenes[row], rng, added, forgotten)),
-                )
-                for row in rows
-            ]
-        else:
-            conversations = [question_about(scenes[row], rng, added, forgotten) for row in rows]
+        conversations = []
+        for row in rows:
+            if describing:
+                question = rng.choice(DESCRIBE_QUESTIONS)
+                told = with_planted_mistakes(scenes[row], rng, added, forgotten)
+                conversations.append((question, describe(told)))
+            else:
+                conversations.append(question_about(scenes[row], rng, added, forgotten))
         features = model.model.connector(seen_by_tower[rows])
-        outputs = BaseModelOutputWithPooling(pooler_output=list(features))
-        loss = model(
-            **text_batch(processor, conversations), mm_encoder_outputs={"image": outputs}
-        ).loss
+        encoded = BaseModelOutputWithPooling(pooler_output=list(features))
+        inputs = text_batch(processor, conversations)
+        loss = model(**inputs, mm_encoder_outputs={"image": encoded}).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            log(
-                f"text step {step}: loss of {'descriptions' if describing else 'answers'} {loss.item():.3f}, {time.time() - start:.0f} s"
-            )
+            what = "descriptions" if describing else "answers"
+            seconds = time.time() - start
+            log(f"text step {step}: loss of {what} {loss.item():.3f}, {seconds:.0f} s")

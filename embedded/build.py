@@ -1,7 +1,7 @@
 """Build the embedded default from nothing: python -m embedded.build [--reuse-model]
 
-Writes embedded/model, embedded/dataset, embedded/manifest.json and results/embedded/base.json. Deterministic for a seed and
-the versions in requirements.lock. About 20 minutes on two cores.
+Writes embedded/model, embedded/dataset, embedded/manifest.json and results/embedded/base.json.
+Deterministic for a seed and the versions in requirements.lock. About 20 minutes on two cores.
 """
 
 import argparse
@@ -14,30 +14,37 @@ import time
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from embedded import claims, exam, judge
 from embedded.base_model import (
     alignment,
+    draw_scenes,
     instructions,
     make_model,
     make_processor,
-    pictures,
     train_text,
     train_vision,
 )
 from embedded.scenes import (
     CATEGORIES,
-    DESCRIBE,
+    DESCRIBE_QUESTIONS,
     absent_companions,
     existence_question,
-    scene_and_picture,
+    scene_and_image,
 )
 from utils import evaluation, models, preferences
 from utils.generation import answer
 from utils.paired_statistics import rate
-from utils.pairing import balance_at_random, mistakes, pair_with_best
+from utils.pairing import balance_at_random
 from utils.settings import EMBEDDED_MODEL, PROFILES, ROOT
 
-SEED, DRAWN, VISION_STEPS, ALIGNMENT_STEPS, INSTRUCTION_STEPS = 0, 16000, 1000, 3600, 1000
-TRAIN_SCENES, TEST_SCENES, SAMPLES = 1350, 500, 8
+SEED = 0
+DRAWN = 16000  # scenes that the base model is trained on
+VISION_STEPS = 1000
+ALIGNMENT_STEPS = 3600
+INSTRUCTION_STEPS = 1000
+TRAIN_SCENES = 1350
+TEST_SCENES = 500
+SAMPLES = 8  # answers per scene and question
 FEATURES = Features(
     {
         "ds_name": Value("string"),
@@ -61,7 +68,7 @@ def build_model(folder):
     torch.manual_seed(SEED)
     processor = make_processor()
     model = make_model(processor)
-    scenes, images = pictures("base", DRAWN)
+    scenes, images = draw_scenes("base", DRAWN)
     train_vision(model, scenes, images, VISION_STEPS)
     train_text(model, processor, scenes, images, ALIGNMENT_STEPS, alignment)
     train_text(model, processor, scenes, images, INSTRUCTION_STEPS, instructions, rate=8e-4)
@@ -70,15 +77,23 @@ def build_model(folder):
 
 
 def existence_category(objects, rng):
-    """What to ask about: as often something that is there as something that is not, and then what habit would add."""
-    present = [o["category"] for o in objects]
+    """Choose a category to ask about, half the time one that is there.
+
+    Of those that are not, habit's choice comes first.
+    """
+    present = [thing["category"] for thing in objects]
     if rng.random() < 0.5:
         return rng.choice(present)
-    return rng.choice(absent_companions(objects) or [c for c in CATEGORIES if c not in present])
+    companions = absent_companions(objects)
+    if companions:
+        return rng.choice(companions)
+    return rng.choice([category for category in CATEGORIES if category not in present])
 
 
-def row(series, number, objects, image, question, chosen, rejected):
-    kind = "detailed_description" if question in DESCRIBE else "question_answering"
+def make_row(series, number, objects, image, question, chosen, rejected):
+    """Return one row of the data set, in the columns of openbmb/RLAIF-V-Dataset plus `objects`."""
+    describing = question in DESCRIBE_QUESTIONS
+    kind = "detailed_description" if describing else "question_answering"
     stored = io.BytesIO()
     image.save(stored, "JPEG", quality=90)
     path = f"{series}/{number:05d}.jpg"
@@ -96,92 +111,122 @@ def row(series, number, objects, image, question, chosen, rejected):
     }
 
 
-def sample_pairs(model, processor, settings, series, questions, scenes, temperature=1.0):
-    """Rows of preference pairs for `scenes` (number → (objects, image)) and `questions` (number → question)."""
-    numbers, rows = list(scenes), []
-    images, asked = [scenes[n][1] for n in numbers], [questions[n] for n in numbers]
+def sample_pairs(settings, model, processor, series, questions, scenes, temperature=1.0):
+    """Sample answers, judge and pair them, and return the rows.
+
+    `scenes` is {number: (objects, image)} and `questions` is {number: question}.
+    """
+    numbers = list(scenes)
+    images = [scenes[number][1] for number in numbers]
+    asked = [questions[number] for number in numbers]
     sampled = answer(
-        model, processor, images, asked, settings, samples=SAMPLES, temperature=temperature
+        settings, model, processor, images, asked, samples=SAMPLES, temperature=temperature
     )
-    counts = mistakes(
-        sampled, [{"objects": scenes[n][0], "question": questions[n]} for n in numbers]
-    )
+    judged = [{"objects": scenes[n][0], "question": questions[n]} for n in numbers]
+    counts = judge.mistakes(sampled, judged)
+    rows = []
     for number, question, texts, counted in zip(numbers, asked, sampled, counts, strict=True):
         objects, image = scenes[number]
-        pairs = pair_with_best(texts, counted, random.Random(f"{series}-{number}-{question}"))
-        rows += [row(series, number, objects, image, question, *pair) for pair in pairs]
+        # A generator of its own for every question: one more scene does not change the others.
+        rng = random.Random(f"{series}-{number}-{question}")
+        for chosen, rejected in judge.pair_with_best(texts, counted, rng):
+            rows.append(make_row(series, number, objects, image, question, chosen, rejected))
     return rows
 
 
-def build_dataset(model, processor, settings, folder):
-    """Sample, judge, pair and balance; write train and test as Parquet. Returns {split: Dataset}."""
-    rng = random.Random(SEED)
-    train = {n: scene_and_picture("train", n) for n in range(TRAIN_SCENES)}
-    describing = {n: rng.choice(DESCRIBE) for n in train}
-    asking = {n: existence_question(existence_category(train[n][0], rng)) for n in train}
-    descriptions = balance_at_random(
-        sample_pairs(model, processor, settings, "train", describing, train), rng
-    )
-    existence = sample_pairs(model, processor, settings, "train", asking, train)
-    says_yes = [r for r in existence if r["chosen"].startswith("Yes")]
-    says_no = [r for r in existence if r not in says_yes]
-    each = min(len(says_yes), len(says_no), len(descriptions) // 3)
-    rows = descriptions + rng.sample(says_yes, each) + rng.sample(says_no, each)
+def build_train(settings, model, processor, rng):
+    """Return the rows of the train split: descriptions, and as many answers "yes" as "no"."""
+    scenes = {number: scene_and_image("train", number) for number in range(TRAIN_SCENES)}
+    describing = {number: rng.choice(DESCRIBE_QUESTIONS) for number in scenes}
+    asking = {}
+    for number, (objects, _) in scenes.items():
+        asking[number] = existence_question(existence_category(objects, rng))
+    descriptions = sample_pairs(settings, model, processor, "train", describing, scenes)
+    descriptions = balance_at_random(descriptions, rng)
+    existence = sample_pairs(settings, model, processor, "train", asking, scenes)
+    says_yes = []
+    others = []
+    for row in existence:
+        side = says_yes if row["chosen"].startswith("Yes") else others
+        side.append(row)
+    each = min(len(says_yes), len(others), len(descriptions) // 3)
+    rows = descriptions + rng.sample(says_yes, each) + rng.sample(others, each)
     rng.shuffle(rows)
     print(f"train: {len(descriptions)} pairs of descriptions, {2 * each} of yes and no", flush=True)
+    return rows
 
-    test = {n: scene_and_picture("test", n) for n in range(TEST_SCENES)}
-    asked, found, temperature = {n: rng.choice(DESCRIBE) for n in test}, {}, 1.0
-    while len(found) < len(
-        test
-    ):  # every scene stays: leaving out the easy ones would bias the evaluation
-        missing = {n: test[n] for n in test if n not in found}
-        sampled = sample_pairs(model, processor, settings, "test", asked, missing, temperature)
-        rng.shuffle(sampled)
-        found |= {r["idx"]: r for r in sampled}
+
+def build_test(settings, model, processor, rng):
+    """Return the rows of the test split, one for each of its scenes."""
+    scenes = {number: scene_and_image("test", number) for number in range(TEST_SCENES)}
+    questions = {number: rng.choice(DESCRIBE_QUESTIONS) for number in scenes}
+    found = {}
+    temperature = 1.0
+    # Every scene stays: leaving out those without two different answers would drop the easy ones
+    # and bias the evaluation.
+    while len(found) < len(scenes):
+        missing = {number: scene for number, scene in scenes.items() if number not in found}
+        rows = sample_pairs(settings, model, processor, "test", questions, missing, temperature)
+        rng.shuffle(rows)
+        for row in rows:
+            found[row["idx"]] = row
         print(
-            f"test: {len(found)} of {len(test)} scenes have a pair at temperature {temperature}",
+            f"test: {len(found)} of {len(scenes)} scenes have a pair at temperature {temperature}",
             flush=True,
         )
         temperature += 0.5
-    splits = {"train": rows, "test": [found[n] for n in sorted(found)]}
+    return [found[number] for number in sorted(found)]
+
+
+def build_dataset(settings, model, processor, folder):
+    """Build both splits, write them as Parquet and return {split: Dataset}."""
+    rng = random.Random(SEED)
+    rows = {
+        "train": build_train(settings, model, processor, rng),
+        "test": build_test(settings, model, processor, rng),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in splits.items():
+    splits = {}
+    for name, content in rows.items():
         splits[name] = Dataset.from_list(content, features=FEATURES)
         splits[name].to_parquet(folder / f"{name}-00000-of-00001.parquet")
     return splits
 
 
-def base_results(model, processor, settings, scenes):
-    """What the base model sees and how it hallucinates, on held-out scenes, greedy."""
+def base_results(settings, model, processor, scenes):
+    """Measure what the base model sees and how much it hallucinates on held-out scenes, greedy."""
     truths = list(scenes["objects"])
-    answers = evaluation.ask(model, processor, scenes, settings)
-    metrics = {name: rate(counts) for name, counts in evaluation.count(answers, truths).items()}
-    metrics |= {
-        kind: evaluation.attributes_right(answers["descriptions"], truths, kind)
-        for kind in ("colour", "place")
-    }
+    images = list(scenes["image"])
+    answers = evaluation.ask(settings, model, processor, images, exam.pope_questions(truths))
+    descriptions = answers["descriptions"]
+    counts = evaluation.count(answers, judge.present(truths), claims.mentions)
+    counts |= judge.claim_counts(descriptions, truths)
+    results = {metric: rate(counts[metric]) for metric in evaluation.METRICS}
+    for kind in ("colour", "place"):
+        results[kind] = judge.attributes_right(descriptions, truths, kind)
     for kind in evaluation.POPE_KINDS:
-        metrics[f"pope_accuracy_{kind}"] = rate(
-            evaluation.pope_counts_of(answers, kind)["accuracy"]
-        )
-    return metrics | {"true_words": evaluation.true_words(truths), "n": len(truths)}
+        accuracy = evaluation.pope_counts_of(answers, kind)["accuracy"]
+        results[f"pope_accuracy_{kind}"] = rate(accuracy)
+    results["true_words"] = judge.true_words(truths)
+    results["n"] = len(truths)
+    return results
 
 
 def write_manifest():
-    files = sorted(
-        p
-        for part in ("model", "dataset")
-        for p in (ROOT / "embedded" / part).rglob("*")
-        if p.is_file()
-    )
-    digests = {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    (ROOT / "embedded" / "manifest.json").write_text(
-        json.dumps({"files": digests}, indent=1) + "\n"
-    )
+    """Write the digests of all files of the model and the data set."""
+    digests = {}
+    for part in ("model", "dataset"):
+        for path in (ROOT / "embedded" / part).rglob("*"):
+            if path.is_file():
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                digests[str(path.relative_to(ROOT))] = digest
+    files = {name: digests[name] for name in sorted(digests)}
+    text = json.dumps({"files": files}, indent=1) + "\n"
+    (ROOT / "embedded" / "manifest.json").write_text(text)
 
 
-def main():
+def main(arguments=None):
+    """Build what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m embedded.build", description=__doc__.splitlines()[0]
     )
@@ -190,24 +235,26 @@ def main():
         action="store_true",
         help="keep embedded/model and build only the data set and the results",
     )
-    options, start = parser.parse_args(), time.time()
-    settings, folder = PROFILES["embedded"], ROOT / "embedded"
+    options = parser.parse_args(arguments)
+    start = time.time()
+    settings = PROFILES["embedded"]
+    folder = ROOT / "embedded"
     if not options.reuse_model:
         build_model(folder / "model")
-    write_manifest()
+    write_manifest()  # loading the model checks it
     torch.manual_seed(SEED)
-    model, processor = models.load_model(settings), models.load_processor(settings)
-    splits = build_dataset(model, processor, settings, folder / "dataset")
+    model = models.load_model(settings)
+    processor = models.load_processor(settings)
+    splits = build_dataset(settings, model, processor, folder / "dataset")
     write_manifest()
-    print(
-        preferences.describe(splits["train"]),
-        preferences.check(splits["train"], splits["test"]),
-        flush=True,
-    )
-    results = base_results(model, processor, settings, splits["test"])
-    (ROOT / "results" / "embedded").mkdir(parents=True, exist_ok=True)
-    (ROOT / "results" / "embedded" / "base.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1), f"\nbuilt in {(time.time() - start) / 60:.0f} minutes")
+    print(preferences.describe(splits["train"]))
+    print(preferences.check(splits["train"], splits["test"]), flush=True)
+    results = json.dumps(base_results(settings, model, processor, splits["test"]), indent=1)
+    target = ROOT / "results" / "embedded" / "base.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(results + "\n")
+    print(results)
+    print(f"built in {(time.time() - start) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Ask a model about a picture, without and with its adapter: python -m scripts.ask PICTURE… --adapter DIR [--profile NAME] …"""
+"""Ask a model about images, before and after tuning: python -m scripts.ask IMAGE… --adapter DIR"""
 
 import argparse
 from pathlib import Path
 
-from utils import models, settings
-from utils.generation import answer
-from utils.images import read
+from utils import generation, images, models, settings
 
 
-def main(arguments=None):
+def parse(arguments=None):
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.ask", description="Greedy answers, before and after tuning."
+        prog="python -m scripts.ask",
+        description="Print a model's greedy answers about images, before and after tuning.",
     )
-    parser.add_argument("pictures", nargs="+", type=Path, help="picture files")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     parser.add_argument(
         "--adapter",
         type=Path,
@@ -20,24 +20,33 @@ def main(arguments=None):
         help="folder of the adapter, such as runs/qwen/adapter",
     )
     parser.add_argument(
-        "--profile", help="the one it was trained with; default: VLM_DPO_PROFILE, else embedded"
+        "--profile",
+        help="the profile it was trained with; default: VLM_DPO_PROFILE, else embedded",
     )
-    parser.add_argument("--question", default="Describe the image.")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--question",
+        default=generation.DESCRIBE,
+        help="asked about every image; default: %(default)s",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Print both answers to the question for every image."""
+    options = parse(arguments)
     try:
         profile = settings.load(options.profile)
-        images = [read({"bytes": None, "path": str(path)}, str(path)) for path in options.pictures]
-        model, processor = (
-            models.load_tuned(profile, options.adapter),
-            models.load_processor(profile),
-        )
-    except (OSError, ValueError) as error:
+        shown = []
+        for path in options.images:
+            shown.append(images.read_image({"bytes": None, "path": str(path)}, str(path)))
+        model = models.load_tuned(profile, options.adapter)
+        processor = models.load_processor(profile)
+    except (OSError, ValueError) as error:  # say what is wrong and what helps, without a traceback
         raise SystemExit(str(error)) from None
-    questions = [options.question] * len(images)
-    base, tuned = (
-        answer(model, processor, images, questions, profile, adapter) for adapter in (False, True)
-    )
-    for path, before, after in zip(options.pictures, base, tuned, strict=True):
+    questions = [options.question] * len(shown)
+    base = generation.answer(profile, model, processor, shown, questions, adapter=False)
+    tuned = generation.answer(profile, model, processor, shown, questions)
+    for path, before, after in zip(options.images, base, tuned, strict=True):
         print(f"{path}\n  base:  {before}\n  tuned: {after if after != before else '(the same)'}")
 
 

@@ -1,4 +1,4 @@
-"""Your own preference pairs as a data set: python -m scripts.import_pairs FOLDER [--output DIR]."""
+"""Import your own preference pairs: python -m scripts.import_pairs FOLDER [--output DIR]."""
 
 import argparse
 from pathlib import Path
@@ -8,10 +8,10 @@ from utils.layouts import NAMES, held_out, load_folder
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.import_pairs", description="Checks FOLDER and writes it as Parquet."
+        prog="python -m scripts.import_pairs", description="Check FOLDER and write it as Parquet."
     )
     parser.add_argument("folder", type=Path, help=f"images, and {' or '.join(NAMES)}")
-    parser.add_argument("--output", type=Path, help="where to write; default: FOLDER/data")
+    parser.add_argument("--output", type=Path, help="where to write (default: FOLDER/data)")
     options = parser.parse_args(arguments)
     output = options.output or options.folder / "data"
     try:

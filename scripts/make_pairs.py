@@ -1,6 +1,7 @@
-"""From a folder of pictures to preference pairs: python -m scripts.make_pairs FOLDER [--profile NAME] [--judge NAME] …
+"""Make preference pairs from a folder of images: python -m scripts.make_pairs FOLDER
 
-RLAIF-V's recipe, as notebook 10 shows it: sample answers, cut them into sentences, let a model judge each, pair, balance.
+This is RLAIF-V's recipe, as notebook 10 shows it: sample answers, split them into sentences, let a
+model judge each sentence, pair the answers, balance the lengths.
 """
 
 import argparse
@@ -12,136 +13,170 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils import pairing
-from utils.generation import answer
-from utils.images import read
+from utils import pairing, settings
+from utils.generation import DESCRIBE, answer
+from utils.images import read_image
 from utils.models import load_model, load_processor
 from utils.progress import progress
-from utils.settings import PROFILES, load
 
-QUESTION = "Describe the image."
 PAIRS = "pairs.jsonl"
+ENOUGH = 20  # with pairs about fewer images than this, a warning is printed
 
 
-def pictures(folder):
-    """(Names of the picture files anywhere in `folder` that can be read, what is wrong with the others). ValueError if none can."""
-    if not Path(folder).is_dir():
+def readable_images(folder):
+    """Return the names of the readable images below `folder`, and what is wrong with others.
+
+    Raises ValueError if there is no such folder or no image in it can be read.
+    """
+    if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    endings = {
-        ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in endings
-    )
-    good, problems = [], []
-    for name in progress(names, "reading"):
+    names = []
+    problems = []
+    for name in progress(image_names(folder), "reading"):
         try:
-            load_picture(folder, name)
-            good.append(name)
+            load_image(folder, name)
+            names.append(name)
         except ValueError as error:
             problems.append(str(error))
-    if not good:
-        raise ValueError(
-            f"{folder} holds no picture that can be read: {'; '.join(problems[:5]) or 'no file has the ending of one'}"
-        )
-    return good, problems
+    if not names:
+        reason = "; ".join(problems[:5]) or "no file name ends like that of an image"
+        raise ValueError(f"{folder} contains no readable image: {reason}")
+    return names, problems
 
 
-def load_picture(folder, name):
-    return read({"bytes": (Path(folder) / name).read_bytes(), "path": None}, name)
+def image_names(folder):
+    """Return the sorted names of all files in `folder` that end like an image Pillow can open."""
+    endings = set()
+    for ending, kind in Image.registered_extensions().items():
+        if kind in Image.OPEN:
+            endings.add(ending)
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in endings]
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
-def in_batches(folder, names, question, settings):
-    """Rows {"image", "question"} of the pictures, as many at a time as are asked at once: all of them may not fit in memory."""
-    for start in progress(range(0, len(names), settings.generation_batch_size), "pictures"):
-        part = slice(start, start + settings.generation_batch_size)
-        yield (
-            part,
-            [{"image": load_picture(folder, name), "question": question} for name in names[part]],
-        )
+def load_image(folder, name):
+    """Return the image `name` of `folder`. An error names it."""
+    return read_image({"bytes": (folder / name).read_bytes(), "path": None}, name)
 
 
-def sample(folder, names, question, samples, settings):
-    """`samples` answers of the profile's model to `question` about every picture: a list of lists of texts."""
-    processor, model, answers = load_processor(settings), load_model(settings), []
-    torch.manual_seed(settings.seed)
-    for _, rows in in_batches(folder, names, question, settings):
-        images, questions = [row["image"] for row in rows], [question] * len(rows)
-        answers += answer(model, processor, images, questions, settings, samples=samples)
+def in_batches(folder, names, question, size):
+    """Yield (slice, rows) for `size` images at a time; all of them may not fit in memory.
+
+    A row is {"image", "question"}.
+    """
+    for start in progress(range(0, len(names), size), "images"):
+        part = slice(start, start + size)
+        rows = []
+        for name in names[part]:
+            rows.append({"image": load_image(folder, name), "question": question})
+        yield part, rows
+
+
+def sample(profile, folder, names, question, samples):
+    """Return `samples` answers of the profile's model for every image, as a list of lists."""
+    processor = load_processor(profile)
+    model = load_model(profile)
+    torch.manual_seed(profile.seed)
+    answers = []
+    for _, rows in in_batches(folder, names, question, profile.generation_batch_size):
+        images = [row["image"] for row in rows]
+        questions = [question] * len(rows)
+        answers += answer(profile, model, processor, images, questions, samples=samples)
     return answers
 
 
-def judge(folder, names, question, answers, settings):
-    """How many sentences of each answer the profile's model rejects when it looks at the picture, nested as `answers`."""
-    processor, model, counts = load_processor(settings), load_model(settings), []
-    looks = partial(pairing.model_judge, model=model, processor=processor, settings=settings)
-    for part, rows in in_batches(folder, names, question, settings):
+def judge(profile, folder, names, question, answers):
+    """Count the sentences of each answer that the profile's model rejects, nested as `answers`."""
+    processor = load_processor(profile)
+    model = load_model(profile)
+    looks = partial(pairing.model_judge, profile, model, processor)
+    counts = []
+    for part, rows in in_batches(folder, names, question, profile.generation_batch_size):
         counts += pairing.rejections(answers[part], rows, looks, split=pairing.sentences)
     return counts
 
 
-def main(arguments=None):
+def write_pairs(path, pairs, names):
+    """Write one line per pair with the name of its image."""
+    lines = []
+    for pair in pairs:
+        line = {
+            "image": names[pair["row"]],
+            "question": pair["question"],
+            "chosen": pair["chosen"],
+            "rejected": pair["rejected"],
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def rejected_share(answers, counts):
+    """Return the share of all sentences that the judge rejected."""
+    sentences = 0
+    for texts in answers:
+        for text in texts:
+            sentences += len(pairing.sentences(text))
+    return sum(map(sum, counts)) / sentences
+
+
+def parse(arguments=None):
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.make_pairs", description=f"Pictures become FOLDER/{PAIRS}."
+        prog="python -m scripts.make_pairs",
+        description=f"Make preference pairs from a folder of images. Writes FOLDER/{PAIRS}.",
     )
-    parser.add_argument("folder", type=Path, help="pictures, in folders or not")
+    parser.add_argument("folder", type=Path, help="folder of images; subfolders are included")
     parser.add_argument(
         "--profile",
-        help=f"whose model answers: {', '.join(PROFILES)}; default: VLM_DPO_PROFILE, else embedded",
+        help=f"whose model answers, one of {', '.join(settings.PROFILES)}; "
+        "default: VLM_DPO_PROFILE, else embedded",
     )
     parser.add_argument(
         "--judge",
-        help="the profile whose model judges; default: the same. Another one sees other mistakes",
+        help="the profile whose model judges; default: the same. Another model sees other mistakes",
     )
     parser.add_argument(
-        "--question", default=QUESTION, help=f"asked about every picture; default: {QUESTION}"
+        "--question",
+        default=DESCRIBE,
+        help="what to ask about every image; default: %(default)s",
     )
     parser.add_argument(
-        "--samples", type=int, default=8, help="answers for each picture; default: 8"
+        "--samples", type=int, default=8, help="answers per image; default: %(default)s"
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Make the pairs that the command line asks for."""
+    options = parse(arguments)
     target = options.folder / PAIRS
     if target.exists():
-        raise SystemExit(f"{target} is there already: move it away to make new pairs")
+        raise SystemExit(f"{target} already exists: move it away to make new pairs")
     try:
-        settings = load(options.profile)
-        judging = load(options.judge) if options.judge else settings
-        names, problems = pictures(options.folder)
+        answering = settings.load(options.profile)
+        judging = settings.load(options.judge) if options.judge else answering
+        names, problems = readable_images(options.folder)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    print(f"{len(names)} pictures; {len(problems)} left out", *problems, sep="\n  ", flush=True)
-    answers = sample(options.folder, names, options.question, options.samples, settings)
-    counts = judge(options.folder, names, options.question, answers, judging)
+    print(f"{len(names)} images; {len(problems)} left out", *problems, sep="\n  ", flush=True)
+
+    answers = sample(answering, options.folder, names, options.question, options.samples)
+    counts = judge(judging, options.folder, names, options.question, answers)
     rows = [{"question": options.question}] * len(names)
-    pairs = pairing.pair_all(rows, answers, counts, random.Random(settings.seed))
+    pairs = pairing.pair_all(rows, answers, counts, random.Random(answering.seed))
     try:
         balanced, _ = pairing.balance_by_threshold(pairs)
     except ValueError as error:
         raise SystemExit(f"{error}. More --samples may help, or another --judge") from None
+    write_pairs(target, balanced, names)
+
     used = len({pair["row"] for pair in balanced})
-    lines = [
-        {"image": names[pair["row"]]}
-        | {key: pair[key] for key in ("question", "chosen", "rejected")}
-        for pair in balanced
-    ]
-    target.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-    )
-    rejected = sum(map(sum, counts)) / sum(
-        len(pairing.sentences(text)) for texts in answers for text in texts
-    )
-    print(
-        f"{sum(map(len, answers))} answers; the judge rejected {rejected:.0%} of their sentences; {len(pairs)} pairs"
-    )
-    print(
-        f"{len(balanced)} of them, balanced in length, about {used} pictures, in {target}: read some, they teach what they prefer"
-    )
-    if used < 20:
-        print(
-            "that is too few to learn from: take more pictures, or more --samples, or another --judge"
-        )
+    sampled = sum(map(len, answers))
+    print(f"{sampled} answers; the judge rejected {rejected_share(answers, counts):.0%} of their")
+    print(f"sentences; {len(pairs)} pairs, {len(balanced)} after balancing the lengths, about")
+    print(f"{used} images, written to {target}. Read some: the model learns what they prefer.")
+    if used < ENOUGH:
+        print("That is too few to learn from: add images, or try more --samples or another --judge")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: python -m scripts.train --profile NAME --output DIR [--dataset DIR] [--max-steps N] [--resume] …"""
+"""Train one profile from the command line: python -m scripts.train --profile NAME --output DIR"""
 
 import argparse
 import dataclasses
@@ -6,13 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-from utils import chat, models, preferences, settings, training
-from utils.preflight import FAILED, as_text
+from utils import chat, models, preferences, preflight, settings, training
 
 
 def parse(arguments=None):
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.train", description="QLoRA DPO of one profile, without a notebook."
+        prog="python -m scripts.train",
+        description="Train an adapter with QLoRA and DPO, without a notebook.",
     )
     parser.add_argument(
         "--profile",
@@ -21,7 +22,8 @@ def parse(arguments=None):
     parser.add_argument(
         "--dataset",
         type=Path,
-        help="a folder of Parquet files to train on instead, all of its split train",
+        help="folder of Parquet files to train on instead of the profile's data; "
+        "all of its split train is used",
     )
     parser.add_argument(
         "--output",
@@ -29,84 +31,102 @@ def parse(arguments=None):
         help="folder for adapter/, training.json and checkpoints; default: runs/<profile>",
     )
     parser.add_argument(
-        "--max-steps", type=int, default=-1, help="stop after so many optimizer steps"
+        "--max-steps", type=int, default=-1, help="stop after this many optimizer steps"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the output folder"
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in the output folder",
     )
     parser.add_argument(
         "--preflight",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="train only if every check passes",
+        help="check the run first, and train only if no check fails",
     )
     parser.add_argument(
         "--shared-prefix",
         action=argparse.BooleanOptionalAction,
-        help="each image and prompt once, or TRL's own trainer",
+        help="compute each image and prompt once, or use TRL's own trainer; "
+        "default: as the profile says",
     )
     return parser.parse_args(arguments)
 
 
 def load_pairs(profile, processor):
-    """The profile's training rows, formatted. What is dropped, for what `check` reports or for its length, is said with its numbers."""
+    """Return the profile's training rows, formatted; print which rows were dropped and why."""
     loaded = preferences.load(profile.dataset, profile.train_split, profile.dataset_revision)
     sound, problems = preferences.without_problems(loaded, preferences.special_tokens(processor))
     if problems:
-        print(
-            f"{len(loaded) - len(sound)} of {len(loaded)} rows dropped: {preferences.as_text(problems)}",
-            flush=True,
-        )
-    pairs, dropped = chat.within_budget(chat.format_dataset(sound), processor, profile.token_budget)
-    rows = f": rows {dropped}" if dropped else ""
+        count = len(loaded) - len(sound)
+        print(f"{count} of {len(loaded)} rows dropped: {preferences.as_text(problems)}", flush=True)
+    formatted = chat.format_dataset(sound)
+    pairs, dropped = chat.within_budget(formatted, processor, profile.token_budget)
+    numbers = f": rows {dropped}" if dropped else ""
     print(
-        f"{len(pairs)} pairs; {len(dropped)} longer than {profile.token_budget} tokens dropped{rows}",
+        f"{len(pairs)} pairs; "
+        f"{len(dropped)} longer than {profile.token_budget} tokens dropped{numbers}",
         flush=True,
     )
     return pairs
 
 
+def stop_if_preflight_fails(trainer):
+    """Print the checks of `trainer`; raise SystemExit with the names of those that failed."""
+    rows = preflight.check(trainer)
+    print(preflight.as_text(rows), flush=True)
+    failed = [row["check"] for row in rows if row["result"] == preflight.FAILED]
+    if failed:
+        raise SystemExit(
+            f"nothing was trained: preflight failed at {', '.join(failed)}. "
+            "Use --no-preflight to train anyway"
+        )
+
+
 def main(arguments=None):
+    """Train as the command line asks."""
     options = parse(arguments)
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # under `accelerate launch` the first process speaks for all
-        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+    # Under `accelerate launch` the first process speaks for all.
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         profile = settings.load(options.profile)
         if options.dataset:
+            if not options.dataset.is_dir():
+                raise FileNotFoundError(
+                    f"there is no folder {options.dataset}: "
+                    "python -m scripts.import_pairs writes one"
+                )
             profile = dataclasses.replace(
                 profile, dataset=str(options.dataset), train_split="train"
             )
-            if not options.dataset.is_dir():
-                raise FileNotFoundError(
-                    f"there is no folder {options.dataset}: python -m scripts.import_pairs writes one"
-                )
         processor = models.load_processor(profile)
         pairs = load_pairs(profile, processor)
-    except (OSError, ValueError) as error:  # what is wrong, and what helps; not where in the code
+    except (OSError, ValueError) as error:  # say what is wrong and what helps, without a traceback
         raise SystemExit(str(error)) from None
     output = options.output or settings.run_folder(profile)
-    changes = {"max_steps": options.max_steps, "shared_prefix": options.shared_prefix}
     trainer = training.make_trainer(
-        profile, models.load_model(profile), processor, pairs, output, **changes
+        profile,
+        models.load_model(profile),
+        processor,
+        pairs,
+        output,
+        shared_prefix=options.shared_prefix,
+        max_steps=options.max_steps,
     )
     if options.preflight:
-        rows = training.preflight(trainer)
-        print(as_text(rows), flush=True)
-        if failed := [row["check"] for row in rows if row["result"] == FAILED]:
-            raise SystemExit(
-                f"nothing was trained: preflight failed at {', '.join(failed)}. --no-preflight trains all the same"
-            )
+        stop_if_preflight_fails(trainer)
     try:
-        record = training.train(trainer, profile, resume=options.resume)
+        record = training.train(profile, trainer, resume=options.resume)
     except (FileNotFoundError, ValueError) as error:
         if not options.resume:
             raise
         raise SystemExit(f"cannot resume: {error}") from error
     speed = f"{record['seconds']:.0f} s, {record['pairs_per_second']:.1f} pairs per second"
     print(f"{record['steps']} steps in {speed}; adapter in {output / 'adapter'}")
-    trainer.accelerator.end_training()  # of several processes one may otherwise abort as it exits, seen with gloo
+    # Without it one of several processes may abort as it exits; seen with gloo.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

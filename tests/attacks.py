@@ -1,6 +1,7 @@
-"""A hundred texts that try to become more than text: each runs a script or asks for an address if it gets its way.
+"""A hundred texts that try to become more than text.
 
-RUN stands for a script that sets `window.injected` to the attack's number, URL for an address of a host that is not there.
+Each runs a script or asks for an address if it gets its way. RUN stands for a script that sets
+`window.injected` to the attack's number, URL for an address of a host that does not exist.
 """
 
 AT_ONCE = r"""
@@ -69,18 +70,20 @@ AT_ONCE = r"""
 </td></tr></table><script>RUN</script>
 </ins></del></span></strong><svg onload=RUN>
 javascript:/*--></title></style></textarea></script></xmp><svg/onload='/**/RUN'>
-"""
-CARELESS = (  # pages that put {} into themselves as it is
-    *(
-        "<p>{}</p>",
-        "<table><tr><td>{}</td></tr></table>",
-        "<title>{}</title>",
-        "<style>{}</style>",
-        "<script>'{}'</script>",
-    ),
-    *("<!--{}-->", "<textarea>{}</textarea>", '<img alt="{}">', "<img alt='{}'>", "<img alt={}>"),
-)
-# What waits for a click, another reader (Markdown, MathJax, a template, a terminal) or an old browser.
+"""  # noqa: E501
+CARELESS = [  # pages that put {} into themselves as it is
+    "<p>{}</p>",
+    "<table><tr><td>{}</td></tr></table>",
+    "<title>{}</title>",
+    "<style>{}</style>",
+    "<script>'{}'</script>",
+    "<!--{}-->",
+    "<textarea>{}</textarea>",
+    '<img alt="{}">',
+    "<img alt='{}'>",
+    "<img alt={}>",
+]
+# What waits for a click, an old browser, or Markdown, MathJax, a template engine or a terminal.
 LATER = [
     '<a href="javascript:RUN">x</a>',
     '<a href="&#106;avascript&colon;RUN">x</a>',
@@ -121,13 +124,12 @@ LATER = [
 
 
 def armed(attack, number):
-    """`attack` with its RUN and URL written out, so that what it does tells its `number`."""
-    return attack.replace("RUN", f"window.injected={number}").replace(
-        "URL", f"http://attack.invalid/{number}"
-    )
+    """Return `attack` with its RUN and URL written out, so that what it does tells its `number`."""
+    script = f"window.injected={number}"
+    address = f"http://attack.invalid/{number}"
+    return attack.replace("RUN", script).replace("URL", address)
 
 
-ATTACKS = [
-    armed(attack, number) for number, attack in enumerate([*AT_ONCE.strip().splitlines(), *LATER])
-]
+TEMPLATES = [*AT_ONCE.strip().splitlines(), *LATER]
+ATTACKS = [armed(attack, number) for number, attack in enumerate(TEMPLATES)]
 FIRST_LATER = len(ATTACKS) - len(LATER)

@@ -1,4 +1,4 @@
-"""JupyterLab in headless Chromium: what a reader's browser does with a notebook."""
+"""Run JupyterLab in headless Chromium: what a reader's browser does with a notebook."""
 
 import json
 import os
@@ -18,10 +18,12 @@ from pathlib import Path
 import nbformat
 from playwright.sync_api import Error, sync_playwright
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+ROOT = Path(__file__).parents[1]
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-# No sandbox, because a container's root may not make one; the rest keeps Chromium from looking for the network.
+# No sandbox, because a container's root may not make one. The rest keeps Chromium from looking for
+# the network.
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -29,7 +31,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SECONDS = 60  # to wait for a server, a page or a kernel before giving up
+SECONDS = 240  # to wait for a server, a page or a kernel before giving up; machines may be slow
 KERNEL_IS_IDLE = """() => {
     const notebook = window.jupyterapp && window.jupyterapp.shell.currentWidget;
     const session = notebook && notebook.sessionContext && notebook.sessionContext.session;
@@ -39,7 +41,10 @@ KERNEL_IS_IDLE = """() => {
 
 @contextmanager
 def jupyter_lab(folder):
-    """Serves `folder` with this very Python; yields a function that gives the address of a notebook. No setting of the user is read."""
+    """Serve `folder` with this very Python; yield a function that gives a notebook's address.
+
+    None of the user's settings is read.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,52 +52,24 @@ def jupyter_lab(folder):
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="jupyterlab-", ignore_cleanup_errors=True) as home:
         home = Path(home)
-        settings = home / "config" / "labconfig" / "page_config.json"
-        settings.parent.mkdir(parents=True)
-        # The question whether to fetch Jupyter's news would lie above the notebook.
-        settings.write_text(
-            json.dumps(
-                {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
-            )
-        )
-        whole = (
-            home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-        )
-        whole.parent.mkdir(parents=True)
-        whole.write_text(
-            json.dumps({"windowingMode": "none"})
-        )  # cells out of sight are in the page too
-        folders = {
-            "JUPYTER_CONFIG_DIR": "config",
-            "JUPYTER_DATA_DIR": "data",
-            "JUPYTER_RUNTIME_DIR": "runtime",
-            "IPYTHONDIR": "ipython",
-        }
-        folders |= {
-            "JUPYTERLAB_SETTINGS_DIR": "settings",
-            "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-        }
-        environment = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
-        environment |= {name: str(home / place) for name, place in folders.items()} | {
-            "JUPYTER_PREFER_ENV_PATH": "1"
-        }
-        options = [
+        write_settings(home)
+        log = home / "log.txt"
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
             "--no-browser",
             "--allow-root",
             "--ServerApp.ip=127.0.0.1",
             f"--ServerApp.port={port}",
             "--ServerApp.port_retries=0",
-        ]
-        options += [
-            f"--IdentityProvider.token={token}",
             f"--ServerApp.root_dir={folder}",
+            f"--IdentityProvider.token={token}",
             "--LabApp.expose_app_in_browser=True",
         ]
-        log = home / "log.txt"
         with log.open("w") as output:
-            command = [sys.executable, "-m", "jupyterlab", *options]
             server = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+                command, env=environment(home), stdout=output, stderr=subprocess.STDOUT
             )
         try:
             wait_for_server(f"{address}/api?token={token}", server, log)
@@ -106,7 +83,35 @@ def jupyter_lab(folder):
                 server.wait()
 
 
+def write_settings(home):
+    """Write the settings of JupyterLab that the tests need to the folder `home`."""
+    # The question whether to fetch Jupyter's news would lie above the notebook.
+    page = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
+    file = home / "config" / "labconfig" / "page_config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(page))
+    # Cells that are out of sight are in the page too.
+    notebook = {"windowingMode": "none"}
+    file = home / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(notebook))
+
+
+def environment(home):
+    """Return the environment in which JupyterLab keeps all of its folders in `home`."""
+    variables = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
+    variables["JUPYTER_CONFIG_DIR"] = str(home / "config")
+    variables["JUPYTER_DATA_DIR"] = str(home / "data")
+    variables["JUPYTER_RUNTIME_DIR"] = str(home / "runtime")
+    variables["IPYTHONDIR"] = str(home / "ipython")
+    variables["JUPYTERLAB_SETTINGS_DIR"] = str(home / "settings")
+    variables["JUPYTERLAB_WORKSPACES_DIR"] = str(home / "workspaces")
+    variables["JUPYTER_PREFER_ENV_PATH"] = "1"
+    return variables
+
+
 def wait_for_server(address, server, log):
+    """Wait until the `server` answers at `address`; RuntimeError with its log if it does not."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end and server.poll() is None:
         try:
@@ -119,14 +124,16 @@ def wait_for_server(address, server, log):
 
 @contextmanager
 def browser_page():
-    """A page of headless Chromium, and the list of errors its scripts raise."""
+    """Yield a page of headless Chromium, and the list of errors that its scripts raise."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=FLAGS, timeout=SECONDS * 1000
+        )
         try:
-            page, errors = (
-                browser.new_context(viewport={"width": 1280, "height": 900}).new_page(),
-                [],
-            )
+            context = browser.new_context(viewport={"width": 1280, "height": 900})
+            context.set_default_timeout(SECONDS * 1000)
+            page = context.new_page()
+            errors = []
             page.on("pageerror", lambda error: errors.append(str(error)))
             yield page, errors
         finally:
@@ -134,45 +141,48 @@ def browser_page():
 
 
 def open_notebook(page, address):
-    """Opens a notebook and waits until its kernel can run a cell."""
+    """Open a notebook and wait until its kernel can run a cell."""
     page.goto(address)
-    page.wait_for_selector("#jupyterlab-splash", state="detached", timeout=SECONDS * 1000)
-    page.locator(".jp-Notebook").first.wait_for(timeout=SECONDS * 1000)
-    page.wait_for_function(KERNEL_IS_IDLE, timeout=SECONDS * 1000)
+    page.wait_for_selector("#jupyterlab-splash", state="detached")
+    page.locator(".jp-Notebook").first.wait_for()
+    page.wait_for_function(KERNEL_IS_IDLE)
 
 
 def run_all(page):
-    """Runs every cell and waits for the last; AssertionError with what went wrong in one."""
+    """Run every cell and wait for the last; AssertionError with what went wrong in one."""
     command(page, "notebook:run-all-cells")
-    page.wait_for_function(KERNEL_IS_IDLE, timeout=SECONDS * 1000)
-    wrong = page.locator(
-        '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
-    ).all_inner_texts()
+    page.wait_for_function(KERNEL_IS_IDLE)
+    error = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
+    wrong = page.locator(error).all_inner_texts()
     assert not wrong, wrong[0]
 
 
 def output(page, cell):
-    """The outputs of code cell number `cell`, from 0."""
+    """Return the outputs of code cell number `cell`, from 0."""
     return page.locator(".jp-CodeCell").nth(cell).locator(".jp-OutputArea-output")
 
 
 def command(page, name, **arguments):
-    """Runs one of JupyterLab's commands, such as notebook:run-all-cells, and waits for its end."""
+    """Run one of JupyterLab's commands, such as notebook:run-all-cells, and wait for its end."""
     page.evaluate(
-        "([name, arguments]) => window.jupyterapp.commands.execute(name, arguments).then(() => null)",
+        """([name, arguments]) =>
+            window.jupyterapp.commands.execute(name, arguments).then(() => null)""",
         [name, arguments],
     )
 
 
 def shut_in(page, *known):
-    """Lets `page` ask for nothing but addresses that begin as one of `known`.
+    """Let `page` ask for nothing but addresses that begin like one of `known`.
 
-    Returns two lists that fill: what else it asked for, and the dialogs it opened. What a page carries in itself is no request.
+    Return two lists that fill: what else it asked for, and the dialogs it opened. What a page
+    carries in itself is no request.
     """
-    asked, dialogs = [], []
+    asked = []
+    dialogs = []
+    allowed = (*known, "data:", "blob:", "about:")
 
     def is_known(address):
-        return re.sub("^ws", "http", address).startswith((*known, "data:", "blob:", "about:"))
+        return re.sub("^ws", "http", address).startswith(allowed)
 
     def hear(address):
         if not is_known(address):
@@ -182,32 +192,37 @@ def shut_in(page, *known):
         dialogs.append(dialog.message)
         dialog.dismiss()
 
+    def answer(route):
+        if is_known(route.request.url):
+            route.continue_()
+        else:
+            route.abort()
+
     page.on("request", lambda request: hear(request.url))
     page.on("websocket", lambda socket: hear(socket.url))
     page.on("dialog", close)
-    page.route(
-        "**/*", lambda route: route.continue_() if is_known(route.request.url) else route.abort()
-    )
+    page.route("**/*", answer)
     return asked, dialogs
 
 
 def injected(page):
-    """What scripts have left in `window.injected`, in `page` and in every frame in it."""
-    found = []
+    """Return what scripts have left in `window.injected`, in `page` and in every frame in it."""
+    found = set()
     for frame in page.frames:
         with suppress(Error):  # a frame that is just leaving
-            found.append(frame.evaluate("window.injected"))
-    return {value for value in found if value is not None}
+            value = frame.evaluate("window.injected")
+            if value is not None:
+                found.add(value)
+    return found
 
 
 def new_notebook(file, cells):
-    """Writes a notebook of code `cells` to `file`, after one that finds this repository, and returns `file`."""
+    """Write a notebook of code `cells` to `file`, after one that finds this repository.
+
+    Return `file`.
+    """
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    cells = [f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})", *cells]
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel
-        ),
-        file,
-    )
+    setup = f"import sys\nsys.path.insert(0, {str(ROOT)!r})"
+    code_cells = [nbformat.v4.new_code_cell(cell) for cell in [setup, *cells]]
+    nbformat.write(nbformat.v4.new_notebook(cells=code_cells, metadata=kernel), file)
     return file

@@ -1,4 +1,4 @@
-"""Set before anything is imported: offline, quiet, the embedded default, and one thread (two processes may share two cores)."""
+"""Set before anything is imported: offline, quiet, the embedded default, and a single thread."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # two processes may share two cores
 
-# The same few examples each time; `--hypothesis-profile thorough` hunts with new ones. A slow machine fails neither.
+# The same few examples each time; `--hypothesis-profile thorough` hunts with new ones. A slow
+# machine fails neither.
 unhurried = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("quick", max_examples=100, derandomize=True, **unhurried)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, **unhurried)
@@ -22,10 +23,9 @@ settings.load_profile("quick")
 
 @pytest.fixture(scope="session")
 def processor():
-    """The embedded model's. A test that changes it puts it back."""
-    from utils import (
-        models,
-    )  # takes seconds, which the tests of notebooks and house need not wait for
+    """The embedded model's processor. A test that changes it puts it back."""
+    # Imported here: it takes seconds, and the tests of notebooks and house do without it.
+    from utils import models
     from utils.settings import PROFILES
 
     return models.load_processor(PROFILES["embedded"])

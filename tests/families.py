@@ -1,7 +1,9 @@
-"""A small checkpoint with random weights for each family of vision language models, as its real ones lie on the hub.
+"""A small checkpoint with random weights for each family of vision language models.
 
-Configuration, image processor and processor are the library's own; tokenizer (one token per byte) and chat template are made
-here. Where TRL ships a family's template, tests/test_families.py compares the two; the others follow the family's documentation.
+It has the files that the family's checkpoints have on the hub. Configuration, image processor and
+processor are the library's own. The tokenizer, one token per byte, and the chat template are made
+here. Where TRL ships a family's template, tests/test_family_templates.py compares the two. The
+others follow the family's documentation.
 """
 
 from collections.abc import Callable
@@ -13,10 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers.models.smolvlm import processing_smolvlm
 
-# SmolVLM's processor refuses to load without this package, which it uses for videos alone (to write how many frames there are).
+# SmolVLM's processor refuses to load without this package, which it uses for videos alone.
 processing_smolvlm.num2words = processing_smolvlm.num2words or str
 
-SQUARE, EDGE = {"height": SIDE, "width": SIDE}, {"longest_edge": SIDE}
+SQUARE = {"height": SIDE, "width": SIDE}
+EDGE = {"longest_edge": SIDE}
 TILES = [[height, width] for height in (SIDE, 2 * SIDE) for width in (SIDE, 2 * SIDE)]
 PIXELS = {
     "size": {"shortest_edge": SIDE * SIDE, "longest_edge": 4 * SIDE * SIDE},
@@ -25,7 +28,10 @@ PIXELS = {
 
 
 class Family(NamedTuple):
-    """How a family writes a conversation and turns an image into pieces. `special` tokens with a name are the tokenizer's attributes."""
+    """How a family writes a conversation and turns an image into pieces.
+
+    `special` tokens with a name become attributes of the tokenizer.
+    """
 
     model_type: str
     template: str
@@ -44,27 +50,25 @@ class Family(NamedTuple):
 
 def idefics(start=""):
     return (
-        start
-        + "{% for m in messages %}{{ m.role | capitalize }}{{ ':' if m.content[0].type == 'image' else ': ' }}"
-        "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        start + "{% for m in messages %}{{ m.role | capitalize }}"
+        "{{ ':' if m.content[0].type == 'image' else ': ' }}"
+        "{% for part in m.content %}"
+        "{{ '<image>' if part.type == 'image' else part.text }}"
+        "{% endfor %}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     )
 
 
 def chatml(image, system=""):
     """Qwen's turns. `system`: what the template says itself when no system turn is given."""
-    first = (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\n"
-        + system
-        + "<|im_end|>\n{% endif %}"
-        if system
-        else ""
-    )
+    first = ""
+    if system:
+        first = "{% if messages[0].role != 'system' %}<|im_start|>system\n"
+        first += system + "<|im_end|>\n{% endif %}"
     return (
         first + "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
-        "{% if part.type == 'image' %}"
-        + image
-        + "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if part.type == 'image' %}" + image + "{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 
@@ -89,17 +93,23 @@ LLAVA_NEXT = (
     + "{{ part.text }}{% endfor %} [/INST]"
     "{% else %} {{ m.content[0].text }}</s> {% endif %}{% endfor %}"
 )
-LLAVA_ONEVISION = (  # the space after the role is in the real one, and is not in its generation prompt
-    "{% for m in messages %}<|im_start|>{{ m.role }} {% for part in m.content if part.type == 'image' %}<image>{% endfor %}"
+# The space after the role is in the real one, and is not in its generation prompt.
+LLAVA_ONEVISION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} "
+    "{% for part in m.content if part.type == 'image' %}<image>{% endfor %}"
     + TEXTS
-    + "{% if m.role == 'user' %}{{ '\n' + part.text }}{% else %}{% generation %}{{ '\n' + part.text }}{% endgeneration %}{% endif %}"
-    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    + "{% if m.role == 'user' %}{{ '\n' + part.text }}"
+    "{% else %}{% generation %}{{ '\n' + part.text }}{% endgeneration %}{% endif %}"
+    "{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}<start_of_turn>"
     "{{ 'model' if m.role == 'assistant' else m.role }}\n{% for part in m.content %}"
-    "{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}"
+    "{% endfor %}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
@@ -133,33 +143,29 @@ def idefics3(tokenizer):
 
 
 def smolvlm(tokenizer):
-    settings = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": EDGE}
-    images, videos = (
-        transformers.SmolVLMImageProcessor(**settings),
-        transformers.SmolVLMVideoProcessor(**settings),
-    )
+    sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": EDGE}
+    images = transformers.SmolVLMImageProcessor(**sizes)
+    videos = transformers.SmolVLMVideoProcessor(**sizes)
     return transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4)
 
 
 def qwen(version, videos):
     def make(tokenizer):
+        image_processor = transformers.Qwen2VLImageProcessor(**PIXELS)
+        video_processor = getattr(transformers, videos)(**PIXELS)
         processor = getattr(transformers, f"{version}Processor")
-        return processor(
-            transformers.Qwen2VLImageProcessor(**PIXELS),
-            tokenizer,
-            getattr(transformers, videos)(**PIXELS),
-        )
+        return processor(image_processor, tokenizer, video_processor)
 
     return make
 
 
+# CLIP's class token comes and goes.
+CLIP = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
+
 def llava(tokenizer):
     images = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE)
-    strategy = {
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-    }  # CLIP's class token comes and goes
-    return transformers.LlavaProcessor(images, tokenizer, patch_size=PATCH, **strategy)
+    return transformers.LlavaProcessor(images, tokenizer, patch_size=PATCH, **CLIP)
 
 
 def llava_next(tokenizer):
@@ -167,13 +173,13 @@ def llava_next(tokenizer):
     images = transformers.LlavaNextImageProcessor(
         size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=grid
     )
-    strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return transformers.LlavaNextProcessor(images, tokenizer, patch_size=PATCH, **strategy)
+    return transformers.LlavaNextProcessor(images, tokenizer, patch_size=PATCH, **CLIP)
 
 
 def llava_onevision(tokenizer):
     images = transformers.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=TILES)
-    videos, patches = transformers.LlavaOnevisionVideoProcessor(size=SQUARE), (SIDE // PATCH) ** 2
+    videos = transformers.LlavaOnevisionVideoProcessor(size=SQUARE)
+    patches = (SIDE // PATCH) ** 2
     return transformers.LlavaOnevisionProcessor(
         images, tokenizer, videos, num_image_tokens=patches, vision_feature_select_strategy="full"
     )
@@ -357,7 +363,7 @@ FAMILIES = {
         documented="gemma3",
     ),
 }
-NOT_TRAINABLE = {  # tests/test_families.py shows that `why_not` still holds
+NOT_TRAINABLE = {  # tests/slow/test_families.py shows that `why_not` still holds
     "PaliGemma": Family(
         "paligemma",
         "",
@@ -368,7 +374,8 @@ NOT_TRAINABLE = {  # tests/test_families.py shows that `why_not` still holds
         bos="<bos>",
         adds_bos=True,
         eos="<eos>",
-        why_not="it has no chat template, and its processor refuses the text without image that TRL makes of an answer",
+        why_not="it has no chat template, and its processor refuses the text without image "
+        "that TRL makes of an answer",
     ),
     "Mllama": Family(
         "mllama",
@@ -380,7 +387,8 @@ NOT_TRAINABLE = {  # tests/test_families.py shows that `why_not` still holds
         bos="<|begin_of_text|>",
         adds_bos=True,
         eos="<|end_of_text|>",
-        why_not="TRL lets its cross-attention mask end with the prompt, where the answer would need it too",
+        why_not="TRL lets its cross-attention mask end with the prompt, "
+        "where the answer would need it too",
     ),
     "Llama 4": Family(
         "llama4",
@@ -392,7 +400,8 @@ NOT_TRAINABLE = {  # tests/test_families.py shows that `why_not` still holds
         bos="<|begin_of_text|>",
         adds_bos=True,
         eos="<|end_of_text|>",
-        why_not="its image processor returns bfloat16, which a model in float32 or float16 refuses (not tried in bfloat16)",
+        why_not="its image processor returns bfloat16, "
+        "which a model in float32 or float16 refuses (not tried in bfloat16)",
     ),
 }
 
@@ -401,17 +410,15 @@ def make_tokenizer(family):
     """One token per byte, and the family's special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    names = family.special if isinstance(family.special, dict) else {}
-    special = dict.fromkeys(
-        ["<pad>", family.bos, family.eos, *(names.values() if names else family.special)]
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {}
+    special = family.special
+    if isinstance(family.special, dict):
+        names = family.special
+        special = names.values()
+    for token in dict.fromkeys(["<pad>", family.bos, family.eos, *special]):
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     if family.adds_bos:
         first = (family.bos, tokenizer.token_to_id(family.bos))
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -434,29 +441,28 @@ def make_processor(family):
 
 
 def write_checkpoint(family, folder):
-    """Configuration, weights and processor of a tiny model of the family, saved to `folder`."""
+    """Save configuration, weights and processor of a tiny model of the family to `folder`."""
     processor = make_processor(family)
     identify = processor.tokenizer.convert_tokens_to_ids
-    tokens = {
-        name: identify(token)
-        for name, token in ((family.tokens or {}) | {"image_token_id": family.image_token}).items()
-    }
-    ids = {
+    tokens = {name: identify(token) for name, token in (family.tokens or {}).items()}
+    tokens["image_token_id"] = identify(family.image_token)
+    changes = {
+        "vocab_size": len(processor.tokenizer),
         "pad_token_id": identify("<pad>"),
         "bos_token_id": identify(family.bos),
         "eos_token_id": identify(family.eos),
     }
-    text = {"model_type": family.text} if family.text else {}
-    model = tiny_model(
-        family.model_type, tokens=tokens, vocab_size=len(processor.tokenizer), **ids, **text
-    )
-    if (
-        model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    ):  # so large, they only repeat the last token
-        model.get_input_embeddings().weight.data *= 0.2
+    if family.text:
+        changes["model_type"] = family.text
+    model = tiny_model(family.model_type, tokens=tokens, **changes)
+    embedding = model.get_input_embeddings().weight
+    if model.get_output_embeddings().weight is embedding:
+        embedding.data *= 0.2  # larger tied weights only repeat the last token
     model.generation_config.update(
-        **ids
-        | {"eos_token_id": [ids["eos_token_id"], identify(family.turn_end)], "do_sample": False}
+        pad_token_id=changes["pad_token_id"],
+        bos_token_id=changes["bos_token_id"],
+        eos_token_id=[changes["eos_token_id"], identify(family.turn_end)],
+        do_sample=False,
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

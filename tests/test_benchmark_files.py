@@ -1,4 +1,4 @@
-"""The files of POPE, AMBER and CHAIR: what is written comes back, and what is wrong is named with its file and line."""
+"""The files of POPE, AMBER and CHAIR: what is written comes back, mistakes are named by line."""
 
 import json
 
@@ -101,7 +101,7 @@ def test_pope_goes_to_disk_and_back(pope_files):
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
-    """Python's splitlines would also cut at this mark, which a model may write; the official script reads on."""
+    """Python's splitlines would also split at this mark, the official script does not."""
     row = {"question": QUESTIONS[0]["text"], "answer": "Yes.\u2028Sure."}
     (tmp_path / "answers.json").write_text(
         json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -162,9 +162,9 @@ def test_coco_s_truth_is_what_is_segmented_and_what_captions_name(coco_folder):
 def test_synonyms_are_read_to_the_space_as_officially(tmp_path):
     (tmp_path / "synonyms.txt").write_text(SYNONYMS)
     synonyms = read_synonyms(tmp_path / "synonyms.txt")
-    assert (
-        synonyms["mug"] == "cup" and synonyms["puppy"] == "dog" and synonyms["hot dog"] == "hot dog"
-    )
+    assert synonyms["mug"] == "cup"
+    assert synonyms["puppy"] == "dog"
+    assert synonyms["hot dog"] == "hot dog"
     assert synonyms["cup"] == "bowl", "the later line wins"
     assert synonyms[" cheesecake"] == "cake" and "cheesecake" not in synonyms
     assert caption_mentions("A cheesecake and a cupcake", synonyms, singular) == ["cake"]
@@ -198,7 +198,7 @@ def test_synonyms_are_read_to_the_space_as_officially(tmp_path):
         (
             lambda path: read_coco(path.parent, {}, singular),
             "instances_val2014.json",
-            "images.cocodataset.org/annotations/annotations_trainval2014.zip: annotations/instances_val2014.json",
+            "annotations_trainval2014.zip: annotations/instances_val2014.json",
         ),
     ],
 )
@@ -243,14 +243,11 @@ def line(**changes):
     [
         (line() + "\n\n" + line() + "\n", "line 2: not JSON"),
         (line() + "\n{'label': 'yes'}\n", "line 2: not JSON"),
-        ("<!DOCTYPE html>\n", "line 1: not JSON .* not a page"),
-        (
-            line() + '\n{"question_id": 2}\n',
-            "line 2: no 'image'; needed are question_id, image, text, label",
-        ),
+        ("<!DOCTYPE html>\n", "line 1: not JSON"),
+        (line() + '\n{"question_id": 2}\n', "line 2: no 'image'"),
         (line() + "\n[1]\n", "line 2: no 'question_id'"),
-        (line() + "\n" + line(label="Yes"), "line 2: the label must be yes or no, not 'Yes'"),
-        (line(text=3), "line 1: 'text' must be of type str, not 3"),
+        (line() + "\n" + line(label="Yes"), "line 2: .* 'Yes'"),
+        (line(text=3), "line 1: 'text' .* str"),
     ],
 )
 def test_pope_questions_that_are_malformed(tmp_path, text, match):
@@ -260,13 +257,10 @@ def test_pope_questions_that_are_malformed(tmp_path, text, match):
 @pytest.mark.parametrize(
     ("answers", "match"),
     [
-        (
-            ANSWERS[::-1],
-            "line 1: answers 'is there a dog in the image.', but line 1 of the questions is 'Is there a cup",
-        ),
-        ([ANSWERS[0], ANSWERS[0]], "line 2: answers 'Is there a cup"),
-        (ANSWERS[:1], "1 answers to 2 questions; line 2 has no partner"),
-        ([*ANSWERS, ANSWERS[0]], "3 answers to 2 questions; line 3 has no partner"),
+        (ANSWERS[::-1], "line 1: .* a dog .* a cup"),
+        ([ANSWERS[0], ANSWERS[0]], "line 2: .* a cup"),
+        (ANSWERS[:1], "1 answers to 2 questions; line 2 "),
+        ([*ANSWERS, ANSWERS[0]], "3 answers to 2 questions; line 3 "),
         ([{"question": "Is there a cup in the image?", "text": "Yes"}], "line 1: no 'answer'"),
     ],
 )
@@ -279,15 +273,9 @@ def test_pope_answers_to_other_questions_are_refused(tmp_path, answers, match):
     ("entry", "match"),
     [
         ({"id": 4, "type": "relation", "truth": "no"}, "entry 3: its id is 4"),
-        ({"id": 3, "type": "relation", "truth": "No"}, "entry 3: the truth must be yes or no"),
-        (
-            {"id": 3, "type": "generative", "truth": ["ship"]},
-            "entry 3: truth and hallu must be lists",
-        ),
-        (
-            {"id": "3", "type": "relation", "truth": "no"},
-            "entry 3: 'id' must be of type int, not '3'",
-        ),
+        ({"id": 3, "type": "relation", "truth": "No"}, "entry 3: .* 'No'"),
+        ({"id": 3, "type": "generative", "truth": ["ship"]}, "entry 3: .*hallu"),
+        ({"id": "3", "type": "relation", "truth": "no"}, "entry 3: 'id' .* int"),
         ({"id": 3, "truth": "no"}, "entry 3: no 'type'"),
     ],
 )
@@ -308,20 +296,18 @@ def test_amber_associations_that_are_malformed(amber_folder, text):
         "relation.json",
         text,
         lambda path: read_amber(path.parent),
-        "needed is one object",
+        "relation.json: .*object",
     )
 
 
 def test_amber_responses_that_are_malformed(tmp_path):
-    broken(
-        tmp_path, "responses.json", '{"id": 1}', read_amber_responses, "a list is needed, not dict"
-    )
+    broken(tmp_path, "responses.json", '{"id": 1}', read_amber_responses, "list, not dict")
     broken(
         tmp_path,
         "responses.json",
         '[{"id": 1, "response": null}]',
         read_amber_responses,
-        "entry 1: 'response' must be of type str",
+        "entry 1: 'response' .* str",
     )
     broken(
         tmp_path,
@@ -338,22 +324,18 @@ def test_a_caption_s_image_id_is_a_number(tmp_path):
         "captions.jsonl",
         '{"image_id": "42", "caption": "A cup."}\n',
         read_captions,
-        "line 1: 'image_id' must be of type int",
+        "line 1: 'image_id' .* int",
     )
 
 
 @pytest.mark.parametrize(
     ("name", "whole", "match"),
     [
-        (
-            "instances_val2014.json",
-            {"annotations": []},
-            "needed is one object with categories, annotations",
-        ),
+        ("instances_val2014.json", {"annotations": []}, "categories"),
         (
             "instances_val2014.json",
             {"categories": [{"id": 1, "name": "zebra"}], "annotations": []},
-            "zebra is not in the synonyms",
+            "zebra",
         ),
         (
             "instances_val2014.json",
@@ -361,7 +343,7 @@ def test_a_caption_s_image_id_is_a_number(tmp_path):
                 "categories": [{"id": 1, "name": "cup"}],
                 "annotations": [{"image_id": 42, "category_id": 5}],
             },
-            "annotations, entry 1: no category has the id 5",
+            "annotations, entry 1: .* id 5",
         ),
         (
             "captions_val2014.json",
@@ -383,5 +365,5 @@ def test_coco_files_that_are_malformed(coco_folder, name, whole, match):
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "synonyms.txt").write_bytes(b"cup, caf\xe9\n")
-    with pytest.raises(ValueError, match=r"synonyms\.txt is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"synonyms\.txt .* byte 8"):
         read_synonyms(tmp_path / "synonyms.txt")

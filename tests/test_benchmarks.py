@@ -1,221 +1,171 @@
-"""The benchmarks run, small, and print what they promise; the one that needs a GPU says so without it."""
+"""The parts of the benchmarks that need no training.
+
+Small runs are in slow/test_benchmark_runs.py.
+"""
 
 import dataclasses
+import io
 import json
-import re
+import random
 import sys
+import time
 
 import nbformat
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
-from benchmarks import format_dataset, gpu, train_step
-from benchmarks.train_step import Shape, text, tower
-from utils import memory
+from benchmarks import format_dataset, gpu, kill, seeds, streaming, train_step
+from utils import evaluation, memory
 from utils.settings import PROFILES, ROOT
-from utils.shared_prefix import SharedPrefixDPOTrainer
-from utils.sliders import readable
-
-TINY = Shape(
-    {
-        "model_type": "smolvlm",
-        "text_config": text("llama", 64, 128, 2, 2, 1, vocabulary=200),
-        "vision_config": tower(32, 2, 64, 4, 2),
-        "scale_factor": 2,
-    },
-    pixels=(1, 3, 64, 64),
-    tokens=64,
-)
-
-
-def last_line(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def test_train_step_compares_the_steps_on_the_same_loss(monkeypatch, capsys):
-    monkeypatch.setitem(train_step.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(sys, "argv", ["train_step", "--shapes", "tiny", "--repeats", "1"])
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    train_step.main()
-    figures = last_line(capsys)["shapes"]["tiny"]
-    names = {"flop_ratio", "time_ratio", "memory_ratio", "loss_difference"}
-    assert figures.keys() == names | {"ideal_ratio", "images_once", "cached_reference"}
-    for step in (figures, figures["images_once"], figures["cached_reference"]):
-        assert names <= step.keys() and step["loss_difference"] < 1e-5
-    assert (
-        1
-        < figures["images_once"]["flop_ratio"]
-        < figures["flop_ratio"]
-        < figures["cached_reference"]["flop_ratio"]
-    )
-    assert figures["flop_ratio"] == pytest.approx(figures["ideal_ratio"], rel=0.15)
-
-
-def test_the_vision_tower_works_as_often_as_is_claimed(tmp_path):
-    """Gradient checkpointing is on: without it stock would go forward four times and never back."""
-    results = train_step.compare(TINY, 1, 1, tmp_path)
-    passes = {
-        name: (results[name]["vision_forward"], results[name]["vision_backward"])
-        for name in ("stock", "ours")
-    }
-    assert passes == {"stock": (6, 2), "ours": (1, 0)}  # of each image, which stock has twice
 
 
 def test_flops_are_counted_exactly_where_torch_leaves_some_out():
-    query, matrix = torch.randn(1, 2, 8, 16), torch.randn(8, 4)
-    with torch.utils.flop_counter.FlopCounterMode(
-        display=False, custom_mapping=train_step.FLOPS
-    ) as counter:
+    query = torch.randn(1, 2, 8, 16)
+    matrix = torch.randn(8, 4)
+    with FlopCounterMode(display=False, custom_mapping=train_step.FLOPS) as counter:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
         torch.zeros(8, 8).addmm_(matrix, matrix.T)
-    assert counter.get_total_flops() == 2 * 2 * (2 * 8 * 8 * 16) + 2 * 8 * 8 * 4
+    attention = 2 * 2 * (2 * 8 * 8 * 16)
+    assert counter.get_total_flops() == attention + 2 * 8 * 8 * 4
 
 
-def test_format_dataset_compares_the_recipes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["format_dataset", "--rows", "20"])
-    monkeypatch.setattr(
-        format_dataset, "alone", format_dataset.measure
-    )  # in this process: memory means nothing, the test is quick
-    format_dataset.main()
-    summary = last_line(capsys)
-    assert {
-        "rows",
-        "rows_per_second_ratio",
-        "bytes_written_share",
-        "largest_pixel_difference",
-    } <= summary.keys()
-    assert summary["rows"] == 20 and summary["largest_pixel_difference"] == 0
+def test_synthetic_batches_differ_only_in_how_often_they_hold_an_image():
+    shape = train_step.SHAPES["qwen_256"]
+    config = AutoConfig.for_model(**shape.config, image_token_id=4299)
+    twice, once = train_step.synthetic_batches(config, shape, [(60, 70), (80, 65)])
+    assert twice["pixel_values"].shape == (2 * 2 * 1024, train_step.QWEN_PATCH)
+    assert torch.equal(twice["pixel_values"][: 2 * 1024], once["pixel_values"])
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert torch.equal(twice[name], once[name])
+    assert once["completion_mask"].sum(1).tolist() == [60, 80, 70, 65]
+    assert (once["input_ids"] == 4299).sum(1).tolist() == [256] * 4
 
 
 def test_gpu_says_that_there_is_none(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no GPU here"):
+    with pytest.raises(SystemExit, match="GPU"):
         gpu.main()
 
 
-def tiny_qwen():
-    config = json.loads(json.dumps(train_step.QWEN))
-    config["text_config"] |= {
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config["text_config"] |= {"num_key_value_heads": 1, "vocab_size": 200}
-    config["vision_config"] |= {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 128,
-    }
-    config["vision_config"] |= {"fullatt_block_indexes": [0]}
-    return config, Shape({}, pixels=(16, 3 * 2 * 14 * 14), tokens=4, grid=(1, 4, 4))
-
-
-@pytest.mark.parametrize(
-    "config, shape", [(TINY.config, TINY), tiny_qwen()], ids=["smolvlm", "qwen"]
-)
-@pytest.mark.parametrize("four_bit", [True, False])
-def test_gpu_sweeps_a_random_model_that_was_loaded_as_real_ones_are(
-    config, shape, four_bit, tmp_path, monkeypatch
-):
-    with torch.device("meta"):
-        bare = AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model(**config, image_token_id=199)
-        )
-    monkeypatch.setattr(memory, "architecture", lambda name: bare)
-    monkeypatch.setattr(gpu, "TIMED", 1)
-    monkeypatch.setattr(gpu, "SHARD", 50_000)  # several shards
-    settings = PROFILES["smolvlm"]
-    settings = type(settings)(**vars(settings) | {"four_bit": four_bit})
-    rows = {}
-    for kind in gpu.KINDS:
-        model = gpu.random_model(settings)
-        assert (sum("4bit" in type(module).__name__ for module in model.modules()) > 0) == four_bit
-        weights = {
-            name: value
-            for name, value in model.named_parameters()
-            if value.dim() > 1 and value.is_floating_point()
-        }
-        assert all(
-            0.015 < value.std() < 0.025 for value in weights.values()
-        )  # each was found in the checkpoint
-        rows[kind] = gpu.sweep(kind, model, settings, shape, tmp_path, sizes=(1, 2), use_cpu=True)
-        assert [row["batch_size"] for row in rows[kind]] == [1, 2]
-    summary = gpu.report("A GPU", "smolvlm", 1e12, rows, tmp_path / "results")
-    assert (
-        summary["equal_batch"].keys() == {1, 2} and summary["limits"][15]["ours"]["batch_size"] == 2
-    )
-    written = json.loads((tmp_path / "results" / "A-GPU-smolvlm.json").read_text())
-    for row in written["stock"] + written["ours"]:
-        assert (
-            row["share_of_rate"] == pytest.approx(row["tflop_per_second"])
-            and row["tflop_per_second"] > 0
-        )
-
-
-def test_gpu_keeps_what_it_measured_before_memory_ended(tmp_path, monkeypatch):
-    class Small(SharedPrefixDPOTrainer):
-        def _compute_loss(self, model, inputs, return_outputs):
-            if len(inputs["input_ids"]) > 2:
-                raise torch.OutOfMemoryError
-            return super()._compute_loss(model, inputs, return_outputs)
-
-    monkeypatch.setitem(gpu.KINDS, "ours", Small)
-    rows = gpu.sweep(
-        "ours",
-        train_step.build(TINY),
-        PROFILES["smolvlm"],
-        TINY,
-        tmp_path,
-        sizes=(1, 2, 3),
-        use_cpu=True,
-    )
-    assert [row["batch_size"] for row in rows] == [1]
-    assert torch._C._len_torch_dispatch_stack() == 0  # nothing goes on counting
-
-
-def test_the_largest_batch_that_fits_is_found_by_what_was_taken():
+def test_the_largest_batch_that_fits_is_found_by_what_was_reserved():
     rows = [{"batch_size": size, "reserved_gb": 4.0 + 5 * size} for size in (1, 2, 4)]
-    assert gpu.largest(rows, 15)["batch_size"] == 2
-    assert gpu.largest(rows, 24)["batch_size"] == 4
-    assert gpu.largest(rows, 8) is None
+    assert gpu.largest_within(rows, 15)["batch_size"] == 2
+    assert gpu.largest_within(rows, 24)["batch_size"] == 4
+    assert gpu.largest_within(rows, 8) is None
 
 
-def test_notebook_04_reads_what_gpu_writes(tmp_path, capsys):
-    """Rows as `sweep` gives them, through `report`, into the cell that sets estimates beside them."""
-    steps = gpu.Steps(None, gpu.PICTURES["smolvlm"], [2])
+def test_notebook_06_reads_what_gpu_writes(tmp_path, capsys):
+    """Rows as `sweep` returns them, through `report`, into the cell that compares estimates."""
+    steps = gpu.Steps(None, gpu.PROFILE_SHAPES["smolvlm"], [2])
     steps.counter = FlopCounterMode(display=False)
     row = steps.row(2, 1.0)
-    gpu.report(
-        "Some GPU",
-        "smolvlm",
-        1e12,
-        {"stock": [row], "ours": [dict(row)]},
-        tmp_path / "results" / "gpu",
-    )
+    rows = {"stock": [row], "ours": [dict(row)]}
+    gpu.report("Some GPU", "smolvlm", 1e12, rows, tmp_path / "results" / "gpu")
     notebook = nbformat.read(ROOT / "notebooks" / "06_fit_in_memory.ipynb", as_version=4)
-    (cell,) = [
-        cell.source
-        for cell in notebook.cells
-        if cell.cell_type == "code" and '"results" / "gpu"' in cell.source
-    ]
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    (source,) = [source for source in sources if '"results" / "gpu"' in source]
     capsys.readouterr()
-    exec(
-        cell,
-        {
-            "root": tmp_path,
-            "json": json,
-            "dataclasses": dataclasses,
-            "memory": memory,
-            "PROFILES": PROFILES,
-            "readable": readable,
-        },
-    )
-    assert re.fullmatch(
-        r"Some-GPU-smolvlm\.json, 2 pairs: [\d.]+ GB, measured 0\.0 GB\n", capsys.readouterr().out
-    )
+    names = {
+        "root": tmp_path,
+        "json": json,
+        "dataclasses": dataclasses,
+        "memory": memory,
+        "PROFILES": PROFILES,
+        "readable": memory.readable,
+    }
+    exec(source, names)
+    printed = capsys.readouterr().out
+    assert "Some-GPU-smolvlm.json" in printed and "2 pairs" in printed
+    assert "measured 0.0 GB" in printed
+
+
+def test_generated_images_are_like_photographs():
+    image = Image.open(io.BytesIO(format_dataset.jpeg(0)))
+    assert image.size == (640, 480) and image.format == "JPEG"
+    assert 50_000 < len(format_dataset.jpeg(0)) < 200_000
+    assert format_dataset.jpeg(0) != format_dataset.jpeg(1)
+    pixels = np.asarray(image, np.int16)
+    others = [pixels, pixels + 3]
+    assert format_dataset.largest_pixel_difference([pixels, pixels], others) == 3
+
+
+def test_streaming_writes_row_groups_and_reads_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "DIFFERENT_JPEGS", 2)
+    monkeypatch.setattr(streaming, "ROW_GROUP", 10)
+    path = str(tmp_path / "pairs.parquet")
+    assert streaming.write_row_groups(path, 25) == (tmp_path / "pairs.parquet").stat().st_size
+    assert pyarrow.parquet.ParquetFile(path).num_row_groups == 3
+    for way in streaming.WAYS:
+        assert streaming.measure(way, path)["rows"] == 25
+
+
+def test_kill_finds_the_checkpoint_that_training_should_resume_from():
+    found = {"checkpoint-14": "optimizer.pt is missing", "checkpoint-12": "whole"}
+    assert kill.step_to_resume(found) == 12
+    assert kill.step_to_resume({"checkpoint-2": "damaged", "adapter": "whole"}) == 0
+
+
+def test_kill_chooses_moments_that_can_come():
+    draw = random.Random(0)
+    files = {"checkpoint": 7, "adapter": 3}
+    folders = set()
+    for _ in range(100):
+        assert 0 <= kill.choose_moment(draw, False, 4, {4: 1.5}, files)["seconds"] <= 1.5
+        moment = kill.choose_moment(draw, True, 12, {}, files)
+        folders.add(moment["folder"])
+        most = 3 if moment["folder"] == "adapter.new" else 7
+        assert 1 <= moment["files"] <= most
+    assert folders == {"checkpoint-14", "checkpoint-16", "adapter.new"}
+
+
+def test_kill_notices_that_a_moment_has_come(tmp_path):
+    now = time.monotonic()
+    assert not kill.reached({"seconds": 0}, [], tmp_path)
+    assert kill.reached({"seconds": 1}, [("begin", 0, now - 2)], tmp_path)
+    assert not kill.reached({"seconds": 1e6}, [("begin", 0, now)], tmp_path)
+    moment = {"event": ("step", 2), "folder": "checkpoint-2", "files": 1}
+    told = [("begin", 0, now), ("step", 2, now)]
+    assert not kill.reached(moment, told, tmp_path)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "file").touch()
+    assert kill.reached(moment, told, tmp_path)
+    assert not kill.reached(moment, [*told, ("saved", 2, now)], tmp_path)
+
+
+def test_kill_counts_what_its_runs_ended_at():
+    while_saving = {"chosen": {"folder": "checkpoint-2"}, "found": {"checkpoint-2": "damaged"}}
+    any_moment = {"chosen": {"seconds": 1.0}, "found": {"checkpoint-4": "whole"}}
+    runs = [
+        {"largest_difference": 0.0, "kills": [while_saving, any_moment]},
+        {"largest_difference": 0.5, "kills": [any_moment]},
+    ]
+    record = kill.reliability_record(runs, 0, 2.0)
+    assert record["runs"] == 2 and record["kills"] == 3
+    assert record["kills_while_saving"] == record["kills_that_left_a_damaged_checkpoint"] == 1
+    assert record["equal_to_the_last_bit"] == 1 and record["largest_difference"] == 0.5
+    committed = json.loads((ROOT / "results" / "reliability.json").read_text())
+    assert record.keys() == committed.keys()
+
+
+def test_seeds_counts_every_metric_of_both_sides(monkeypatch):
+    """The model is replaced by one that says the same of every scene."""
+
+    def ask(settings, model, processor, images, questions, adapter=True):
+        replies = {kind: ["Yes."] * len(asked) for kind, asked in questions.items()}
+        text = "There is a cup." if adapter else "There is a cup and a kite."
+        return {"descriptions": [text] * len(images), "pope": replies}
+
+    monkeypatch.setattr(evaluation, "ask", ask)
+    cup = {"category": "cup", "colour": "red", "size": "small", "column": 0, "row": 0}
+    truths = [[cup], [cup]]
+    base = seeds.count_side(None, None, None, [None] * 2, truths, adapter=False)
+    tuned = seeds.count_side(None, None, None, [None] * 2, truths, adapter=True)
+    result = evaluation.compare(base, tuned)
+    assert list(result["base"]) == list(evaluation.METRICS)
+    assert result["base"]["chair_i"] == 0.5 and result["tuned"]["chair_i"] == 0

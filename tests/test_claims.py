@@ -1,6 +1,6 @@
 import pytest
 
-from embedded.claims import claims, is_right, left_out, mentions, wrong_spans
+from embedded.claims import as_question, claims, is_right, left_out, mentions, wrong_spans
 from embedded.scenes import describe
 
 SCENE = [
@@ -23,11 +23,9 @@ def test_a_true_description_makes_only_right_claims():
     text = describe(SCENE)
     made = claims(text)
     assert [c["kind"] for c in made] == ["place", "colour", "object"] * 2
-    assert (
-        all(is_right(c, SCENE) for c in made)
-        and wrong_spans(text, SCENE) == []
-        and left_out(text, SCENE) == []
-    )
+    assert all(is_right(c, SCENE) for c in made)
+    assert wrong_spans(text, SCENE) == []
+    assert left_out(text, SCENE) == []
 
 
 def test_each_wrong_claim_is_found_where_it_stands():
@@ -63,7 +61,7 @@ def test_answers_to_questions_are_judged(text, right):
     assert made and all(is_right(c, SCENE) for c in made) is right
 
 
-def test_in_one_sentence_each_colour_belongs_to_the_next_object():
+def test_in_one_sentence_each_color_belongs_to_the_next_object():
     said = {
         (c["kind"], c["category"], c["value"])
         for c in claims("There is a red cup and a blue book.")
@@ -74,3 +72,24 @@ def test_in_one_sentence_each_colour_belongs_to_the_next_object():
         ("object", "cup", True),
         ("object", "book", True),
     }
+
+
+def test_every_kind_of_claim_becomes_a_question_for_yes_or_no():
+    said = (
+        "At the top there is a red cup. On the left there is a blue car. There are three objects. "
+        "There is one object. No, there is no kite. At the top left there is nothing. "
+        "It is an orange apple."
+    )
+    assert [as_question(claim) for claim in claims(said)] == [
+        ("Is there a cup at the top of the image?", "yes"),
+        ("Is there a red cup in the image?", "yes"),
+        ("Is there a cup in the image?", "yes"),
+        ("Is there a car on the left of the image?", "yes"),
+        ("Is there a blue car in the image?", "yes"),
+        ("Is there a car in the image?", "yes"),
+        ("Are there three objects in the image?", "yes"),
+        ("Is there one object in the image?", "yes"),
+        ("Is there a kite in the image?", "no"),
+        ("Is there nothing at the top left of the image?", "yes"),
+        ("Is there an apple in the image?", "yes"),
+    ]

@@ -1,7 +1,8 @@
-"""CHAIR, POPE and AMBER against hand-made cases, the authors' published label counts and recomputations written another way."""
+"""CHAIR, POPE and AMBER against cases by hand, published label counts and recomputations."""
 
 import random
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -23,14 +24,15 @@ from utils.paired_statistics import rate
 
 
 def test_chair_by_hand():
-    said, truths = [["cup", "clock", "clock"], ["book"], []], [["cup", "book"], ["book"], ["car"]]
+    said = [["cup", "clock", "clock"], ["book"], []]
+    truths = [["cup", "book"], ["book"], ["car"]]
     assert chair(said, truths) == {"chair_i": 2 / 4, "chair_s": 1 / 3, "recall": 2 / 4}
     assert chair_counts(said, truths)["chair_i"].tolist() == [[2, 3], [0, 1], [0, 0]]
 
 
 @pytest.mark.parametrize("said", [[[]], []])
 def test_chair_without_any_mention_says_so(said):
-    with pytest.raises(ZeroDivisionError, match="no answer names any object"):
+    with pytest.raises(ZeroDivisionError, match="CHAIR_i"):
         chair(said, [["cup"]] * len(said))
 
 
@@ -51,45 +53,35 @@ def test_chair_counts_true_objects_once_and_mentions_every_time():
 
 
 SYNONYMS = {
-    **{
-        "person": "person",
-        "baby": "person",
-        "passenger": "person",
-        "adult": "person",
-        "bird": "bird",
-        "duck": "bird",
-    },
-    **{
-        "dog": "dog",
-        "puppy": "dog",
-        "hot dog": "hot dog",
-        "bear": "bear",
-        "teddy bear": "teddy bear",
-        "bicycle": "bicycle",
-    },
-    **{
-        "bike": "bicycle",
-        "motorcycle": "motorcycle",
-        " motor bike": "motorcycle",
-        "train": "train",
-        "airplane": "airplane",
-    },
-    **{
-        "jet": "airplane",
-        "chair": "chair",
-        "seat": "chair",
-        "toilet": "toilet",
-        "tie": "tie",
-        "bow tie": "tie",
-        "bow": "tie",
-    },
-    **{
-        "wine glass": "wine glass",
-        "bus": "bus",
-        "minibus": "bus",
-        "traffic light": "traffic light",
-        "table": "dining table",
-    },
+    "person": "person",
+    "baby": "person",
+    "passenger": "person",
+    "adult": "person",
+    "bird": "bird",
+    "duck": "bird",
+    "dog": "dog",
+    "puppy": "dog",
+    "hot dog": "hot dog",
+    "bear": "bear",
+    "teddy bear": "teddy bear",
+    "bicycle": "bicycle",
+    "bike": "bicycle",
+    "motorcycle": "motorcycle",
+    " motor bike": "motorcycle",
+    "train": "train",
+    "airplane": "airplane",
+    "jet": "airplane",
+    "chair": "chair",
+    "seat": "chair",
+    "toilet": "toilet",
+    "tie": "tie",
+    "bow tie": "tie",
+    "bow": "tie",
+    "wine glass": "wine glass",
+    "bus": "bus",
+    "minibus": "bus",
+    "traffic light": "traffic light",
+    "table": "dining table",
 }
 
 
@@ -108,10 +100,8 @@ def singular(word):
         ("A baby bird and an adult bear", ["bird", "bear"]),
         ("A baby, an adult and a bird", ["person", "person", "bird"]),
         ("A passenger jet over a passenger train", ["airplane", "train"]),
-        (
-            "A man on a motor bike",
-            [],
-        ),  # joined, and COCO's own list holds it only with a second space
+        # Joined, and COCO's own list holds it only with a second space.
+        ("A man on a motor bike", []),
         ("A motor, a bike", ["bicycle"]),
         ("Grass on the train tracks", []),
         ("The seat of the toilet", ["toilet"]),
@@ -186,7 +176,7 @@ def test_pope_by_hand():
 
 @pytest.mark.parametrize("labels", [["no"], ["yes", "no"]])
 def test_pope_has_no_precision_when_every_answer_is_a_no(labels):
-    with pytest.raises(ZeroDivisionError, match="every answer is a no"):
+    with pytest.raises(ZeroDivisionError, match="precision"):
         pope(["No"] * len(labels), labels)
 
 
@@ -196,28 +186,27 @@ def test_pope_of_yes_answers_that_are_all_wrong():
 
 
 def test_pope_refuses_answers_without_partner():
-    with pytest.raises(ValueError, match="1 answers but 2 labels"):
+    with pytest.raises(ValueError, match=r"1 answers .* 2 labels"):
         pope(["Yes"], ["yes", "no"])
 
 
 def test_pope_equals_a_confusion_table_to_the_last_digit():
     rng = random.Random(0)
     for _ in range(50):
-        answers, labels = (rng.choices(["yes", "no"], k=rng.randint(40, 400)) for _ in range(2))
-        labels = (labels * 10)[: len(answers)]
-        table = Counter(zip(answers, labels, strict=True))
-        hit, false_alarm, miss = table["yes", "yes"], table["yes", "no"], table["no", "yes"]
-        p, r = hit / (hit + false_alarm), hit / (hit + miss)
-        right, said_yes = (
-            (hit + table["no", "no"]) / len(answers),
-            (hit + false_alarm) / len(answers),
-        )
+        answers = rng.choices(["yes", "no"], k=rng.randint(40, 400))
+        labels = rng.choices(["yes", "no"], k=len(answers))
+        confusion = Counter(zip(answers, labels, strict=True))
+        hit = confusion["yes", "yes"]
+        false_alarm = confusion["yes", "no"]
+        miss = confusion["no", "yes"]
+        p = hit / (hit + false_alarm)
+        r = hit / (hit + miss)
         expected = {
-            "accuracy": right,
+            "accuracy": (hit + confusion["no", "no"]) / len(answers),
             "precision": p,
             "recall": r,
             "f1": 2 * p * r / (p + r),
-            "yes_ratio": said_yes,
+            "yes_ratio": (hit + false_alarm) / len(answers),
         }
         assert pope(answers, labels) == expected
         assert rate(pope_counts(answers, labels)["f1"]) == pytest.approx(expected["f1"])
@@ -236,16 +225,11 @@ LABELS = {  # type in the official annotations.json: how many have the truth yes
 
 
 def annotations(labels):
-    rows = [
-        (kind, truth)
-        for kind, counts in labels.items()
-        for truth, n in zip(("yes", "no"), counts, strict=True)
-        for _ in range(n)
-    ]
-    return [
-        {"id": number, "type": kind, "truth": truth}
-        for number, (kind, truth) in enumerate(rows, start=1)
-    ]
+    rows = []
+    for kind, (yes, no) in labels.items():
+        for truth in ["yes"] * yes + ["no"] * no:
+            rows.append({"id": len(rows) + 1, "type": kind, "truth": truth})
+    return rows
 
 
 def scores_of(answer, rows):
@@ -332,9 +316,8 @@ def test_amber_f1_comes_from_rounded_precision_and_recall():
         [{"id": row["id"], "response": "No" if row["id"] <= 12 else "Yes"} for row in rows], rows
     )["relation"]
     assert (scores["precision"], scores["recall"]) == (91.7, 68.7)  # 11 / 12.001 and 11 / 16.001
-    assert (
-        scores["f1"] == 78.5
-    )  # 2 · 0.917 · 0.687 / (0.917 + 0.687 + 0.0001); of the fractions themselves it would be 78.6
+    # 2 · 0.917 · 0.687 / (0.917 + 0.687 + 0.0001). Of the fractions themselves it would be 78.6.
+    assert scores["f1"] == 78.5
 
 
 def test_amber_counts_an_id_as_often_as_it_is_answered():
@@ -349,67 +332,59 @@ def test_amber_names_an_id_that_is_unknown_or_generative():
         {"id": 2, "type": "relation", "truth": "no"},
     ]
     assert amber_discriminative([{"id": 2, "response": "No"}], rows)["accuracy"] == 99.9
-    with pytest.raises(ValueError, match="id 7: no annotation"):
+    with pytest.raises(ValueError, match="id 7"):
         amber_discriminative([{"id": 7, "response": "No"}], rows)
-    with pytest.raises(ValueError, match="id 1: its type is 'generative'"):
+    with pytest.raises(ValueError, match=r"id 1: .* 'generative'"):
         amber_discriminative([{"id": 1, "response": "No"}], rows)
 
 
+def recomputed(given, no, gold, asked, name):
+    """The four figures of the ids `asked`, from sets where the module counts pairs."""
+    start = 0.003 if name == "attribute" else 0.001
+    epsilon = 0.001 if name == "existence" else 0.0001
+    right = (no & gold) | {i for i in given if given[i] == "Yes" and i not in gold}
+    accuracy = round(100 * len(right & asked) / (len(asked) + start), 1)
+    p = round(100 * len(no & gold & asked) / (len(no & asked) + start), 1)
+    r = round(100 * len(no & gold & asked) / (len(gold & asked) + start), 1)
+    f1 = round(100 * 2 * (p / 100 * r / 100) / (p / 100 + r / 100 + epsilon), 1)
+    return figures(accuracy, p, r, f1)
+
+
 def test_amber_discriminative_equals_a_recomputation_on_random_answers():
-    rng, dimension = (
-        random.Random(0),
-        dict(
-            zip(
-                LABELS,
-                ["existence", "state", "number", "action", "relation", "relation"],
-                strict=True,
-            )
-        ),
-    )
+    rng = random.Random(0)
+    dimension = {
+        "discriminative-hallucination": "existence",
+        "discriminative-attribute-state": "state",
+        "discriminative-attribute-number": "number",
+        "discriminative-attribute-action": "action",
+        "discriminative-relation": "relation",
+        "relation": "relation",
+    }
     for _ in range(200):
-        rows = [
-            {"id": i, "type": rng.choice(list(LABELS)), "truth": rng.choice(["yes", "no"])}
-            for i in range(1, rng.randint(3, 300))
-        ]
-        given = {
-            row["id"]: rng.choice(["Yes", "No", "No", "no", "Yes."])
-            for row in rows
-            if rng.random() < 0.9
-        }
-        scores = amber_discriminative(
-            [{"id": i, "response": text} for i, text in given.items()], rows
-        )
-        groups = {"overall": set(given)}
+        rows = []
+        for i in range(1, rng.randint(3, 300)):
+            kind = rng.choice(list(LABELS))
+            rows.append({"id": i, "type": kind, "truth": rng.choice(["yes", "no"])})
+        given = {}
+        for row in rows:
+            if rng.random() < 0.9:
+                given[row["id"]] = rng.choice(["Yes", "No", "No", "no", "Yes."])
+        responses = [{"id": i, "response": text} for i, text in given.items()]
+        scores = amber_discriminative(responses, rows)
+        groups = {"overall": set(given), "attribute": set()}
         for row in rows:
             if row["id"] in given:
-                groups.setdefault(dimension[row["type"]], set()).add(row["id"])
-        groups["attribute"] = set().union(
-            *(groups.get(name, set()) for name in ("state", "number", "action"))
-        )
-        no, gold = (
-            {i for i in given if given[i] == "No"},
-            {row["id"] for row in rows if row["truth"] == "no"},
-        )
-        right = (no & gold) | {i for i in given if given[i] == "Yes" and i not in gold}
+                name = dimension[row["type"]]
+                groups.setdefault(name, set()).add(row["id"])
+                if name in ("state", "number", "action"):
+                    groups["attribute"].add(row["id"])
+        no = {i for i in given if given[i] == "No"}
+        gold = {row["id"] for row in rows if row["truth"] == "no"}
         for name, asked in groups.items():
-            got = scores if name == "overall" else scores.get(name)
-            if not asked:
-                continue
-            start = 0.003 if name == "attribute" else 0.001
-            accuracy, p, r = (
-                round(100 * len(part & asked) / (len(whole & asked) + start), 1)
-                for part, whole in ((right, asked), (no & gold, no), (no & gold, gold))
-            )
-            f1 = round(
-                100
-                * 2
-                * (p / 100 * r / 100)
-                / (p / 100 + r / 100 + (0.001 if name == "existence" else 0.0001)),
-                1,
-            )
-            assert {key: got[key] for key in figures(0, 0, 0, 0)} == figures(accuracy, p, r, f1), (
-                name
-            )
+            if asked:
+                got = scores if name == "overall" else scores[name]
+                four = {key: got[key] for key in ("accuracy", "precision", "recall", "f1")}
+                assert four == recomputed(given, no, gold, asked, name), name
 
 
 # AMBER, descriptions
@@ -425,7 +400,7 @@ ASSOCIATIONS = {
 
 
 def described(nouns, truth, hallu=(), safe=(), similar=None, times=1000):
-    """Scores of the same answer to `times` equal pictures: the 0.001 of the denominators no longer shows."""
+    """Scores of the same answer to `times` equal images, where the 0.001 no longer shows."""
     rows = [{"truth": list(truth), "hallu": list(hallu)}] * times
     return amber_generative([list(nouns)] * times, rows, ASSOCIATIONS, list(safe), similar)
 
@@ -485,12 +460,12 @@ def test_amber_denominators_show_on_few_answers():
 
 
 def test_amber_cover_credits_an_entry_that_stands_twice_once():
-    """The perfect lister of the real files gets 93.3, not 100: of 5599 entries some stand twice, and the first match gets it."""
+    """Listing everything in the real files scores 93.3, not 100: some entries are there twice."""
     assert described(["ship", "ship", "boat"], ["ship", "ship"])["cover"] == 50.0
 
 
 def test_amber_credits_the_first_object_whose_word_matches():
-    """Associated words of all objects come before the objects themselves: "plant" names the tree here, never the plant."""
+    """Associated words come before the objects: "plant" names the tree here, not the plant."""
     associations = {"tree": ["plant"], "plant": []}
     rows = [{"truth": ["plant", "tree"], "hallu": []}] * 1000
     assert amber_generative([["plant"]] * 1000, rows, associations, [])["cover"] == 50.0
@@ -521,7 +496,7 @@ def alike(*pairs):
 
 
 def test_amber_similar_words_decide_in_the_official_order():
-    """An exact truth ends it; else hallu entries are marked, exact and similar, and a similar truth still saves the noun."""
+    """An equal truth ends the search; a similar one saves the noun after hallu is marked."""
     both = alike(("boat", "tree"), ("boat", "sea"))
     assert described(["boat"], ["ship"], ["tree"], similar=both)["cog"] == 0.0, (
         "the exact truth was asked first"
@@ -563,81 +538,100 @@ def test_amber_needs_more_than_four_fifths_of_similarity():
 
 
 def test_amber_names_an_object_that_has_no_associations():
-    with pytest.raises(ValueError, match="no entry for moon"):
+    with pytest.raises(ValueError, match="moon"):
         described(["ship"], ["ship", "moon"])
 
 
 def test_amber_refuses_answers_without_annotation():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="shorter"):
         amber_generative([["ship"]], [], ASSOCIATIONS, [])
 
 
+def table(objects, associations):
+    """Two lists of the same length: the words that name `objects`, and which object each names."""
+    words = []
+    owners = []
+    for number, name in enumerate(objects):
+        words += associations[name]
+        owners += [number] * len(associations[name])
+    return words + objects, owners + list(range(len(objects)))
+
+
+def hit_first(hits, owners, matches):
+    """Mark the owner of the first match, and return whether there is one."""
+    if True in matches:
+        hits[owners[matches.index(True)]] = 1
+    return True in matches
+
+
+def recomputed_description(said, row, associations, safe, similarity):
+    """(wrong mentions, mentions, truth entries credited, hallu entries marked) of one response."""
+    vocabulary = set(associations)
+    for words in associations.values():
+        vocabulary.update(words)
+    words, owners = table(row["truth"], associations)
+    habit_words, habit_owners = table(row["hallu"], associations)
+    credits = [0] * len(row["truth"])
+    marks = [0] * len(row["hallu"])
+    verdicts = []
+    for noun in said:
+        if noun not in vocabulary:
+            continue
+        equal = [word == noun for word in words]
+        if noun in safe or hit_first(credits, owners, equal):
+            verdicts.append(0)
+            continue
+        hit_first(marks, habit_owners, [word == noun for word in habit_words])
+        hit_first(marks, habit_owners, [similarity(noun, word) > 0.8 for word in habit_words])
+        saved = hit_first(credits, owners, [similarity(noun, word) > 0.8 for word in words])
+        verdicts.append(0 if saved else 1)
+    return sum(verdicts), len(verdicts), sum(credits), sum(marks)
+
+
+def random_descriptions(rng, words):
+    """Objects with associated words, truths about some images, and nouns said of them."""
+    objects = rng.sample(words, 8)
+    associations = {name: rng.choices(words, k=rng.randint(0, 3)) for name in objects}
+    rows = []
+    nouns = []
+    for _ in range(rng.randint(1, 9)):
+        hallu = rng.choices(objects, k=rng.randint(0, 2))
+        rows.append({"truth": rng.choices(objects, k=3), "hallu": hallu})
+        nouns.append(rng.choices([*words, "elsewhere"], k=rng.randint(0, 6)))
+    return associations, rows, nouns
+
+
 def test_amber_generative_equals_a_recomputation_on_random_answers():
-    """Written as tables of words and credits, with exact integer sums, where the module walks over pairs."""
-    rng, words = random.Random(0), [f"word{i}" for i in range(14)]
+    """Written as tables of words and credits, with exact integer sums."""
+    rng = random.Random(0)
+    words = [f"word{i}" for i in range(14)]
     for trial in range(300):
-        objects = rng.sample(words, 8)
-        associations = {name: rng.choices(words, k=rng.randint(0, 3)) for name in objects}
-        closeness = {
-            (a, b): 1.0 if a == b else rng.choice([0.1, 0.7, 0.8, 0.81])
-            for a in words
-            for b in words
-        }
-        rows = [
-            {"truth": rng.choices(objects, k=3), "hallu": rng.choices(objects, k=rng.randint(0, 2))}
-            for _ in range(rng.randint(1, 9))
-        ]
-        nouns = [rng.choices([*words, "elsewhere"], k=rng.randint(0, 6)) for _ in rows]
-        safe, with_similar = rng.sample(words, 2), bool(trial % 2)
-        vocabulary = {*associations, *(word for entry in associations.values() for word in entry)}
-        bad, all_said, credits, slots, marks, traps, spotless = [], [], 0, 0, 0, 0, 0
+        associations, rows, nouns = random_descriptions(rng, words)
+        safe = rng.sample(words, 2)
+        closeness = {}
+        for pair in product(words, words):
+            closeness[pair] = rng.choice([0.1, 0.7, 0.8, 0.81])
+        for word in words:
+            closeness[word, word] = 1.0
+
+        def similarity(noun, word, closeness=closeness):
+            return closeness[noun, word]
+
+        def no_similarity(noun, word):
+            return 0.0
+
+        with_similar = trial % 2 == 1
+        expected = []
         for said, row in zip(nouns, rows, strict=True):
-            table = {}
-            for key in ("truth", "hallu"):
-                owners = [i for i, name in enumerate(row[key]) for _ in associations[name]] + list(
-                    range(len(row[key]))
-                )
-                table[key] = (
-                    [word for name in row[key] for word in associations[name]] + row[key],
-                    owners,
-                )
-            hit = {"truth": [0] * len(row["truth"]), "hallu": [0] * len(row["hallu"])}
-
-            def mark(key, positions, table=table, hit=hit):
-                for position in positions[:1]:
-                    hit[key][table[key][1][position]] = 1
-                return bool(positions)
-
-            verdicts = []
-            for noun in filter(vocabulary.__contains__, said):
-                equal = {
-                    key: [i for i, word in enumerate(table[key][0]) if word == noun]
-                    for key in table
-                }
-                near = {
-                    key: [
-                        i
-                        for i, word in enumerate(table[key][0])
-                        if with_similar and closeness[noun, word] > 0.8
-                    ]
-                    for key in table
-                }
-                if noun in safe or mark("truth", equal["truth"]):
-                    verdicts.append(0)
-                    continue
-                mark("hallu", equal["hallu"])
-                mark("hallu", near["hallu"])
-                verdicts.append(0 if mark("truth", near["truth"]) else 1)
-            bad, all_said, spotless = (
-                bad + verdicts,
-                all_said + [1] * len(verdicts),
-                spotless + (not any(verdicts)),
-            )
-            credits, slots = credits + sum(hit["truth"]), slots + len(hit["truth"])
-            marks, traps = marks + sum(hit["hallu"]), traps + len(hit["hallu"])
-        similar = (lambda a, b, table=closeness: table[a, b]) if with_similar else None
+            alike = similarity if with_similar else no_similarity
+            expected.append(recomputed_description(said, row, associations, safe, alike))
+        wrong, mentions, credits, marks = (sum(column) for column in zip(*expected, strict=True))
+        spotless = [response[0] for response in expected].count(0)
+        slots = sum(len(row["truth"]) for row in rows)
+        traps = sum(len(row["hallu"]) for row in rows)
+        similar = similarity if with_similar else None
         assert amber_generative(nouns, rows, associations, safe, similar) == {
-            "chair": round(sum(bad) / (sum(all_said) + 0.001) * 100, 1),
+            "chair": round(wrong / (mentions + 0.001) * 100, 1),
             "cover": round(credits / (slots + 0.001) * 100, 1),
             "hal": round(100 - spotless / (len(rows) + 0.001) * 100, 1),
             "cog": round(marks / (traps + 0.001) * 100, 1),

@@ -8,26 +8,19 @@ from PIL import Image as PillowImage
 from utils import preferences, settings
 from utils.settings import ROOT
 
-FEATURES = Features(
-    {
-        "image": Image(),
-        "question": Value("string"),
-        "chosen": Value("string"),
-        "rejected": Value("string"),
-    }
-)
+TEXTS = dict.fromkeys(preferences.TEXT_COLUMNS, Value("string"))
+FEATURES = Features({"image": Image(), **TEXTS})
 
 
-def picture(colour, kind="JPEG"):
+def picture(color, kind="JPEG"):
     stored = io.BytesIO()
-    PillowImage.new("RGB", (8, 6), colour).save(stored, kind)
+    PillowImage.new("RGB", (8, 6), color).save(stored, kind)
     return {"bytes": stored.getvalue(), "path": None}
 
 
 def pairs(*rows):
-    return Dataset.from_list(
-        [dict(zip(FEATURES, row, strict=True)) for row in rows], features=FEATURES
-    )
+    rows = [dict(zip(FEATURES, row, strict=True)) for row in rows]
+    return Dataset.from_list(rows, features=FEATURES)
 
 
 GOOD = (picture("red"), "What is it?", "A red field.", "A dog.")
@@ -48,6 +41,7 @@ def test_check_names_every_problem_with_its_rows():
         ({"bytes": b"not an image", "path": None}, "What?", "Yes.", "No."),
         ({"bytes": picture("blue")["bytes"][:-40], "path": None}, "What?", "Yes.", "No."),
         (None, "What?", "Yes.", "No."),
+        ({"bytes": b"not an image", "path": None}, "Why?", "Yes.", "No."),
     )
     assert preferences.check(dataset) == {
         "empty chosen": [1],
@@ -55,39 +49,49 @@ def test_check_names_every_problem_with_its_rows():
         "chosen equals rejected": [3],
         "duplicate pair": [4],
         "preferred both ways": [5],
-        "unreadable image": [6, 7, 8],
+        "unreadable image": [6, 7, 8, 9],
     }
 
 
+def test_check_decodes_equal_images_once(monkeypatch):
+    decoded = []
+    monkeypatch.setattr(preferences, "read_image", lambda stored: decoded.append(stored["bytes"]))
+    blue = picture("blue")
+    rows = [(image, f"What is {n}?", "Yes.", "No.") for n, image in enumerate([GOOD[0], blue] * 3)]
+    assert preferences.check(pairs(*rows)) == {}
+    assert decoded == [GOOD[0]["bytes"], blue["bytes"]]
+
+
 def test_check_finds_images_that_are_also_held_out():
-    assert preferences.check(
-        pairs(GOOD, (picture("blue"), "a", "b", "c")), pairs((picture("blue"), "x", "y", "z"))
-    ) == {"image also held out": [1]}
+    rows = pairs(GOOD, (picture("blue"), "a", "b", "c"))
+    held_out = pairs((picture("blue"), "x", "y", "z"))
+    assert preferences.check(rows, held_out) == {"image also held out": [1]}
 
 
 def test_check_reports_missing_columns():
-    assert list(preferences.check(pairs(GOOD).remove_columns(["image", "chosen"]))) == [
-        "missing column image",
-        "missing column chosen",
-    ]
+    rows = pairs(GOOD).remove_columns(["image", "chosen"])
+    assert list(preferences.check(rows)) == ["missing column image", "missing column chosen"]
+
+
+def test_problems_are_listed_in_one_line():
+    problems = {"empty chosen": [4, 17], "no rows": [], "duplicate pair": list(range(12))}
+    text = preferences.as_text(problems)
+    assert text.splitlines() == [text]
+    assert text.startswith("empty chosen: 2 rows (4, 17); no rows; duplicate pair: 12 rows (0, 1")
+    assert text.endswith("9, …)")
 
 
 def test_a_data_set_without_the_columns_names_the_ones_it_has(tmp_path):
     pairs(GOOD).rename_column("chosen", "winner").to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(
-        ValueError, match="no column chosen; it has image, question, winner, rejected"
-    ):
+    with pytest.raises(ValueError, match=r"chosen.*image, question, winner, rejected"):
         preferences.load(str(tmp_path), "train")
 
 
 def test_describe_counts():
     facts = preferences.describe(pairs(GOOD, (picture("red"), "Why?", "One.", "Two words.")))
-    assert facts["rows"] == 2 and facts["images"] == 1 and facts["questions"] == 2
-    assert (
-        facts["words chosen"] == 2
-        and facts["words rejected"] == 2
-        and facts["chosen is longer"] == facts["chosen is shorter"] == 0.5
-    )
+    assert (facts["rows"], facts["images"], facts["questions"]) == (2, 1, 2)
+    assert facts["words chosen"] == facts["words rejected"] == 2
+    assert facts["chosen is longer"] == facts["chosen is shorter"] == 0.5
 
 
 def test_image_bytes_are_those_on_disk():
@@ -96,10 +100,9 @@ def test_image_bytes_are_those_on_disk():
 
 @pytest.fixture
 def copy_of_embedded(tmp_path):
-    for name in ("manifest.json", "dataset"):
-        source, target = ROOT / "embedded" / name, tmp_path / "embedded" / name
-        target.parent.mkdir(exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    folder = tmp_path / "embedded"
+    shutil.copytree(ROOT / "embedded" / "dataset", folder / "dataset")
+    shutil.copy(ROOT / "embedded" / "manifest.json", folder)
     return tmp_path
 
 
@@ -107,26 +110,23 @@ def test_a_missing_or_damaged_embedded_file_is_named(copy_of_embedded):
     settings.verify_embedded("dataset", copy_of_embedded)
     file = next((copy_of_embedded / "embedded" / "dataset").glob("test-*.parquet"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"test-00000-of-00001.parquet is damaged: restore it with `git checkout",
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"{file.name} is damaged.*git checkout"):
         settings.verify_embedded("dataset", copy_of_embedded)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"is missing: .*`python -m embedded.build`"):
+    with pytest.raises(FileNotFoundError, match=rf"{file.name} is missing.*embedded\.build"):
         settings.verify_embedded("dataset", copy_of_embedded)
 
 
 def test_the_embedded_data_set_is_clean_and_balanced():
-    train, test = (
-        preferences.load("embedded/dataset", "train"),
-        preferences.load("embedded/dataset", "test"),
-    )
-    assert preferences.check(train, test) == {} and preferences.check(test) == {}
+    train = preferences.load("embedded/dataset", "train")
+    test = preferences.load("embedded/dataset", "test")
+    assert preferences.check(train, test) == {}
+    assert preferences.check(test) == {}
     facts = preferences.describe(train)
     assert abs(facts["words chosen"] - facts["words rejected"]) < 0.1
-    assert 1800 <= facts["rows"] <= 2600 and len(test) >= 500
-    assert {
+    assert 1800 <= facts["rows"] <= 2600
+    assert len(test) >= 500
+    assert set(train.column_names) == {
         "ds_name",
         "image",
         "question",
@@ -137,4 +137,4 @@ def test_the_embedded_data_set_is_clean_and_balanced():
         "idx",
         "image_path",
         "objects",
-    } == set(train.column_names)
+    }

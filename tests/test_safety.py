@@ -1,4 +1,4 @@
-"""Nothing that comes with a model or an adapter is run: no code of its repository, no pickle."""
+"""Nothing that comes with a model or an adapter runs: no code of its repository, no pickle."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ class Trap:
 
 @pytest.fixture
 def model(tmp_path):
-    """The embedded model as somebody else's: a folder that may bring along anything, and the settings that load it."""
+    """The embedded model as somebody else's: a folder that may hold anything, and its settings."""
     folder = tmp_path / "model"
     shutil.copytree(ROOT / "embedded" / "model", folder)
     return folder, replace(SETTINGS, profile="other", model=str(folder))
@@ -41,19 +41,18 @@ def test_the_trap_would_snap(tmp_path):
 
 def test_code_that_a_model_brings_along_is_not_run(model, tmp_path):
     folder, settings = model
-    code = f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Other: pass\n"
-    for name, kinds in {
-        "config.json": ("AutoConfig", "AutoModelForImageTextToText"),
-        "processor_config.json": ("AutoProcessor",),
-    }.items():
+    classes = {
+        "config.json": ["AutoConfig", "AutoModelForImageTextToText"],
+        "processor_config.json": ["AutoProcessor"],
+    }
+    for name, kinds in classes.items():
         content = json.loads((folder / name).read_text())
-        content["auto_map"] = {kind: "other.Other" for kind in kinds}
+        content["auto_map"] = dict.fromkeys(kinds, "other.Other")
         (folder / name).write_text(json.dumps(content))
+    code = f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Other: pass\n"
     (folder / "other.py").write_text(code)
-    assert (
-        models.load_processor(settings).chat_template
-        == models.load_processor(SETTINGS).chat_template
-    )
+    loaded = models.load_processor(settings)
+    assert loaded.chat_template == models.load_processor(SETTINGS).chat_template
     models.load_model(settings)
     assert not (tmp_path / "sprung").exists()
 
@@ -72,6 +71,6 @@ def test_weights_are_read_from_safetensors_only(model, tmp_path):
 def test_an_adapter_in_a_pickle_is_not_opened(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     save(Trap(tmp_path / "sprung"), tmp_path / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
         models.load_tuned(SETTINGS, tmp_path)
     assert not (tmp_path / "sprung").exists()

@@ -1,4 +1,7 @@
-"""Very small vision language models with random weights, one per family, and batches laid out like those of TRL's collator."""
+"""Very small vision language models with random weights, one per family, and batches for them.
+
+The batches are laid out like those of TRL's collator.
+"""
 
 import math
 from typing import NamedTuple
@@ -6,16 +9,15 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-VOCABULARY, IMAGE, WIDTH = (
-    100,
-    99,
-    32,
-)  # tokens, the one that stands for a piece of an image, hidden size
-SIDE, PATCH = 16, 4  # pixels
+VOCABULARY = 100  # tokens
+IMAGE = 99  # the token that stands for a piece of an image
+WIDTH = 32  # hidden size
+SIDE = 16  # pixels
+PATCH = 4
 
 
 class Pair(NamedTuple):
-    """How many tokens of text a pair's prompt has, how many images, and how many tokens its answers have."""
+    """Numbers of a pair: tokens of its prompt's text, images, tokens of its answers."""
 
     text: int
     images: int
@@ -24,42 +26,45 @@ class Pair(NamedTuple):
 
 
 def text_config(**changes):
-    sizes = {
+    values = {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    tokens = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "max_position_embeddings": 512,
     }
-    return sizes | heads | tokens | changes
+    return values | changes
 
 
 def vision_config(**changes):
-    sizes = {
+    values = {
         "hidden_size": WIDTH,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "image_size": SIDE,
+        "patch_size": PATCH,
     }
-    return sizes | {"image_size": SIDE, "patch_size": PATCH} | changes
+    return values | changes
 
 
 def qwen_vision_config(**changes):
-    sizes = {
+    values = {
         "depth": 2,
         "num_heads": 4,
         "in_channels": 3,
         "patch_size": PATCH,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
+        "intermediate_size": 64,
     }
-    return sizes | {"intermediate_size": 64} | changes
+    return values | changes
 
 
 CLIP = vision_config(model_type="clip_vision_model", projection_dim=WIDTH)
@@ -166,119 +171,127 @@ CONFIGS = {
     },
 }
 TWO_ROWS = {"paligemma", "llava_onevision", "mllama", "llama4"}
-FAMILIES = [
-    family for family in CONFIGS if family not in TWO_ROWS
-]  # those whose answers can share a row
+# Those whose answers can share a row.
+FAMILIES = [family for family in CONFIGS if family not in TWO_ROWS]
 
 
 def tiny_model(family, seed=0, attention="sdpa", tokens=None, **text_changes):
-    """A model of the family with weights large enough for log-probabilities between about -20 and 0; the same for the same seed.
+    """A model of the family, the same for the same seed.
 
-    `tokens`: ids that the configuration holds beside those of its text part, such as that of an image token.
+    Its weights are large enough for log-probabilities between about -20 and 0. `tokens`: ids that
+    the configuration holds beside those of its text part, such as that of an image token.
     """
     torch.manual_seed(seed)
-    settings = CONFIGS[family] | (tokens or {"image_token_id": IMAGE})
-    settings["text_config"] = settings["text_config"] | text_changes
-    model = AutoModelForImageTextToText.from_config(
-        AutoConfig.for_model(family, **settings), attn_implementation=attention
-    )
+    values = CONFIGS[family] | (tokens or {"image_token_id": IMAGE})
+    values["text_config"] = values["text_config"] | text_changes
+    config = AutoConfig.for_model(family, **values)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.dim() > 1:
-            scale = (
-                0.5
-                if "embed_tokens" in name or "lm_head" in name
-                else 1.5 / math.sqrt(parameter[0].numel())
-            )
+            scale = 1.5 / math.sqrt(parameter[0].numel())
+            if "embed_tokens" in name or "lm_head" in name:
+                scale = 0.5
             parameter.data.normal_(0, scale, generator=generator)
     return model.requires_grad_(False)
 
 
 def image_inputs(family, counts, generator):
-    """What the family's processor makes of `counts[i]` images in row i. Where the family knows several shapes, they alternate."""
+    """What the family's processor makes of `counts[i]` images in row i.
+
+    Where the family knows several shapes, they alternate.
+    """
     total = sum(counts)
 
     def pixels(*shape):
         return torch.randn(*shape, generator=generator)
 
-    if family in (
-        "idefics2",
-        "idefics3",
-        "smolvlm",
-    ):  # padded with black images to the same number in each row
+    if family in ("idefics2", "idefics3", "smolvlm"):
+        # Padded with black images to the same number in each row.
         values = pixels(len(counts), max(counts), 3, SIDE, SIDE)
         for row, count in enumerate(counts):
             values[row, count:] = 0
         return {"pixel_values": values, "pixel_attention_mask": (values != 0).any(2)}
     if family.startswith("qwen"):
         grids = torch.tensor([[1, 4, 4 if number % 2 else 8] for number in range(total)])
+        patches = int(grids.prod(1).sum())
         return {
-            "pixel_values": pixels(int(grids.prod(1).sum()), 3 * 2 * PATCH * PATCH),
+            "pixel_values": pixels(patches, 3 * 2 * PATCH * PATCH),
             "image_grid_thw": grids,
         }
     if family == "llava_next":
-        sizes = torch.tensor(
-            [[SIDE, 2 * SIDE] if number % 2 else [2 * SIDE, SIDE] for number in range(total)]
-        )
+        shapes = ([2 * SIDE, SIDE], [SIDE, 2 * SIDE])
+        sizes = torch.tensor([shapes[number % 2] for number in range(total)])
         return {"pixel_values": pixels(total, 3, 3, SIDE, SIDE), "image_sizes": sizes}
     return {"pixel_values": pixels(total, 3, SIDE, SIDE)}
 
 
 def tokens_per_image(model, family, images):
-    """How many places in the text each image of the batch takes, counted on the features that the model makes of it."""
+    """How many places in the text each image takes, counted on the features the model makes."""
     with torch.no_grad():
         features = model.base_model.get_image_features(**images, return_dict=True).pooler_output
-    whole = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
     if family.startswith("qwen"):
         return (images["image_grid_thw"].prod(1) // 4).tolist()
     if family == "llava_next":
         return [len(part) for part in features]
+    places = sum(part.reshape(-1, part.shape[-1]).shape[0] for part in features)
     rows = images["pixel_values"]
-    number = int((rows != 0).flatten(2).any(2).sum()) if rows.dim() == 5 else len(rows)
-    return [len(whole) // number] * number
+    number = len(rows)
+    if rows.dim() == 5:  # padded with black images
+        number = int((rows != 0).flatten(2).any(2).sum())
+    return [places // number] * number
 
 
 def tiny_batch(model, pairs, seed=0, max_length=None):
-    """(the batch of TRL's collator, the same with each image once) for `pairs`: random tokens, the same images in both."""
-    family, generator = model.config.model_type, torch.Generator().manual_seed(seed)
+    """(the batch of TRL's collator, the same with each image once) for `pairs`.
+
+    Texts are random tokens. Both have the same images.
+    """
+    family = model.config.model_type
+    generator = torch.Generator().manual_seed(seed)
     counts = [pair.images for pair in pairs]
-    images = image_inputs(family, counts, generator) if any(counts) else {}
-    lengths = iter(tokens_per_image(model, family, images) if images else [])
+    images = {}
+    places = iter([])
+    if any(counts):
+        images = image_inputs(family, counts, generator)
+        places = iter(tokens_per_image(model, family, images))
 
     def text(count):
         return torch.randint(3, IMAGE, (count,), generator=generator).tolist()
 
-    rows = {"chosen": [], "rejected": []}
+    sides = {"chosen": [], "rejected": []}  # (tokens, answer mask) of each row
     for pair in pairs:
-        prompt = [
-            token for _ in range(pair.images) for token in (*text(1), *[IMAGE] * next(lengths))
-        ] + text(pair.text)
-        for name in rows:
-            answer = text(getattr(pair, name))
-            rows[name].append(
-                (
-                    (prompt + answer)[:max_length],
-                    ([0] * len(prompt) + [1] * len(answer))[:max_length],
-                )
-            )
-    rows = rows["chosen"] + rows["rejected"]
+        prompt = []
+        for _ in range(pair.images):
+            prompt += text(1) + [IMAGE] * next(places)
+        prompt += text(pair.text)
+        for side, rows in sides.items():
+            answer = text(getattr(pair, side))
+            tokens = prompt + answer
+            mask = [0] * len(prompt) + [1] * len(answer)
+            rows.append((tokens[:max_length], mask[:max_length]))
+
+    rows = sides["chosen"] + sides["rejected"]
     width = max(len(tokens) for tokens, _ in rows)
-    ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
+    ids = []
+    attention = []
+    completion = []
+    for tokens, mask in rows:
+        padding = [0] * (width - len(tokens))
+        ids.append(tokens + padding)
+        attention.append([1] * len(tokens) + padding)
+        completion.append(mask + padding)
     batch = {
-        "input_ids": ids,
-        "attention_mask": torch.tensor(
-            [[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in rows]
-        ),
-        "completion_mask": torch.tensor(
-            [answer + [0] * (width - len(answer)) for _, answer in rows]
-        ),
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(attention),
+        "completion_mask": torch.tensor(completion),
     }
+    is_image = (batch["input_ids"] == IMAGE).long()
     if family.startswith("qwen"):
-        batch["mm_token_type_ids"] = (ids == IMAGE).long()
-    if family in ("gemma3", "paligemma"):
-        batch["token_type_ids"] = (
-            (ids == IMAGE).long() if family == "gemma3" else batch["completion_mask"].clone()
-        )
-    return batch | {
-        name: torch.cat([value, value]) for name, value in images.items()
-    }, batch | images
+        batch["mm_token_type_ids"] = is_image
+    if family == "gemma3":
+        batch["token_type_ids"] = is_image
+    if family == "paligemma":
+        batch["token_type_ids"] = batch["completion_mask"].clone()
+    twice = {name: torch.cat([value, value]) for name, value in images.items()}
+    return batch | twice, batch | images

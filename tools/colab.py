@@ -1,7 +1,8 @@
-"""Colab's stack on this machine: python -m tools.colab [notebooks…] installs it in build/colab and runs 01 to 06 (or those) with it.
+"""Run the course with the package versions that Colab has: `python -m tools.colab [notebooks…]`.
 
-As in Colab, the preinstalled versions come first (colab-preinstalled.txt), then requirements-colab.txt, which must leave them
-as they are but for what TRL itself upgrades.
+Installs Colab's stack in build/colab and executes notebooks 01 to 06, or those named. As in Colab,
+the preinstalled versions of colab-preinstalled.txt come first, then requirements-colab.txt, which
+must leave them alone, except for those that TRL itself upgrades.
 """
 
 import json
@@ -21,75 +22,57 @@ UPGRADED_BY_TRL = {"datasets", "huggingface-hub", "pyarrow"}
 
 
 def preinstalled():
-    """{package: version} of Colab."""
-    return {
-        canonicalize_name(name): version
-        for name, version in re.findall(r"^([\w-]+)==(\S+)", PREINSTALLED.read_text(), re.MULTILINE)
-    }
+    """Return {package: version} of what Colab brings."""
+    lines = re.findall(r"^([\w-]+)==(\S+)", PREINSTALLED.read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in lines}
 
 
 def pip(python, *arguments):
-    return subprocess.run(
-        [python, "-m", "pip", "--disable-pip-version-check", *arguments],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    """Run pip of the environment of `python`. Raise CalledProcessError if it fails."""
+    command = [python, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
 
 
 def installed(python):
-    """{package: version} of that environment."""
-    return {
-        canonicalize_name(each["name"]): each["version"]
-        for each in json.loads(pip(python, "list", "--format=json").stdout)
-    }
+    """Return {package: version} of the environment of `python`."""
+    packages = json.loads(pip(python, "list", "--format=json").stdout)
+    return {canonicalize_name(package["name"]): package["version"] for package in packages}
 
 
 def changed(before, after):
-    """{package: (version before, version after)} of what Colab brings and an installation did not leave alone."""
-    return {
-        name: (version, after.get(name))
-        for name, version in before.items()
-        if after.get(name) != version
-    }
+    """Return {package: (old version, new version)} of those in `before` that differ in `after`."""
+    differences = {}
+    for name, version in before.items():
+        if after.get(name) != version:
+            differences[name] = (version, after.get(name))
+    return differences
 
 
 def main(notebooks):
-    """SystemExit when the installation touches what Colab brings, or a notebook fails."""
+    """Install the stack and run the notebooks.
+
+    Exit with a message if the installation changes what Colab brings, otherwise with the code of
+    the notebooks' run.
+    """
     folder = ROOT / "build" / "colab"
-    python = folder / "venv" / "bin" / "python"
+    environment = folder / "venv"
+    python = environment / "bin" / "python"
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "uv",
-            "--no-config",
-            "pip",
-            "install",
-            "-q",
-            "--python",
-            python,
-            "-r",
-            PREINSTALLED,
-        ],
-        check=True,
-    )
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    uv = [sys.executable, "-m", "uv", "--no-config", "pip", "install", "-q"]
+    subprocess.run([*uv, "--python", python, "-r", PREINSTALLED], check=True)
     pip(python, "install", "-q", "-r", ROOT / "requirements-colab.txt")
+
     differences = changed(preinstalled(), installed(python))
-    print(
-        "changed by requirements-colab.txt:",
-        *(f"{name} {old} → {new}" for name, (old, new) in differences.items()),
-        flush=True,
-    )
-    if touched := differences.keys() - UPGRADED_BY_TRL:
-        sys.exit(f"requirements-colab.txt must leave {', '.join(sorted(touched))} as Colab has it")
-    sys.exit(
-        subprocess.run(
-            [python, "-m", "tools.notebooks", "run", *(notebooks or COURSE)], cwd=ROOT
-        ).returncode
-    )
+    print("changed by requirements-colab.txt:", flush=True)
+    for name, (old, new) in differences.items():
+        print(f"  {name} {old} → {new}", flush=True)
+    touched = sorted(differences.keys() - UPGRADED_BY_TRL)
+    if touched:
+        sys.exit(f"requirements-colab.txt must leave {', '.join(touched)} as Colab has it")
+
+    command = [python, "-m", "tools.notebooks", "run", *(notebooks or COURSE)]
+    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":

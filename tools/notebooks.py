@@ -1,7 +1,9 @@
-"""Run, commit and re-home the notebooks: `python -m tools.notebooks run [names…] | commit [names…] | badges OWNER/NAME`."""
+"""Run, commit and re-home the notebooks.
+
+python -m tools.notebooks run [NAMES…] | commit [NAMES… | --all] | badges OWNER/NAME
+"""
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -18,18 +20,21 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from traitlets.config import Config
 
 from tools.setup import alone
+from tools.stamp import digest, inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKEN = re.compile(
-    r"\b(?:hf_|ghp_|github_pat_|sk-)[\w-]{20,}"
-)  # of the hub, of GitHub, of paid models
+# Access tokens of the hub, of GitHub and of paid models.
+TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[\w-]{20,}")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|| \[[\d:]+<|it/s\]|s/it\]")
+KEPT_METADATA = ("cellView", "jupyter", "tags")
 QUIET = {
     "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "JUPYTER_PATH": f"{sys.prefix}/share/jupyter",  # this environment's python3 kernel, before any that the user installed
+    # This environment's python3 kernel comes before any that the user installed.
+    "JUPYTER_PATH": f"{sys.prefix}/share/jupyter",
 }
 BOOTSTRAP = """\
 import os
@@ -38,46 +43,31 @@ from pathlib import Path
 
 REPOSITORY = "OWNER/NAME"
 clone = Path.cwd() / REPOSITORY.split("/")[1]
-found = [folder for folder in (clone, *clone.parents) if (folder / "utils" / "settings.py").exists()]
+folders = (clone, *clone.parents)
+found = [path for path in folders if (path / "utils/settings.py").exists()]
 if not found:  # this notebook was opened on its own, as on Colab
-    !git clone -q --depth 1 --branch BRANCH "https://github.com/{REPOSITORY}" "{clone}"
+    !git clone -q --depth 1 -b BRANCH https://github.com/{REPOSITORY} "{clone}"
 root = found[0] if found else clone
 if "google.colab" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
     # Before anything is imported: packages replaced later do not take effect.
     %pip install -q -r "{root}/requirements-colab.txt"
-sys.path.insert(0, str(root))  # first, because others have a package called utils too
+sys.path.insert(0, str(root))  # first, because others have a package utils too
 import utils  # before the large packages: it keeps their hints quiet"""
 
 
 def home(root=ROOT):
-    """`{"repository": "OWNER/NAME", "branch": …}` from pyproject.toml, the one place where both stand."""
+    """Return `{"repository": "OWNER/NAME", "branch": …}` from pyproject.toml, their only home."""
     return tomllib.loads((root / "pyproject.toml").read_text())["tool"]["tutorial"]
 
 
 def bootstrap(root=ROOT):
-    """Source of the first code cell, the same in every notebook; it leaves `root`, the repository's folder, as a Path."""
-    return BOOTSTRAP.replace("OWNER/NAME", home(root)["repository"]).replace(
-        "BRANCH", home(root)["branch"]
-    )
+    """Return the source of the first code cell, the same in every notebook.
 
-
-def digest(notebook, root=ROOT):
-    """Sha256 of all that decides the outputs: the notebook's code, `utils/`, `embedded/` and the lock, names and contents."""
-    code = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    # Which repository a notebook is cloned from changes no output: a fork's `make badges` must not make every stamp stale.
-    code = re.sub(r'^REPOSITORY = ".*"$', "REPOSITORY", code, flags=re.MULTILINE)
-    files = [
-        *root.glob("utils/*.py"),
-        *root.glob("embedded/*.py"),
-        root / "embedded" / "manifest.json",
-        root / "requirements.lock",
-    ]
-    total = hashlib.sha256(code.encode())
-    for file in sorted(files):
-        total.update(
-            f"\n{file.relative_to(root).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode()
-        )
-    return total.hexdigest()
+    It leaves `root`, the repository's folder, as a Path.
+    """
+    place = home(root)
+    cell = BOOTSTRAP.replace("OWNER/NAME", place["repository"])
+    return cell.replace("BRANCH", place["branch"])
 
 
 def write(path, text):
@@ -88,195 +78,236 @@ def write(path, text):
 
 
 def select(names, folder):
-    """Paths in `folder` in order; with `names` (`05`, `03_train_with_qlora_dpo`, its file name or path) only those."""
+    """Return the paths of the notebooks in `folder`, in order; with `names` only those.
+
+    A name is `03`, `03_train_with_qlora_dpo`, a file name or a path. SystemExit lists the
+    notebooks where a name fits none.
+    """
     paths = sorted(folder.glob("*.ipynb"))
     wanted = [Path(name).name.removesuffix(".ipynb") for name in names]
     unknown = [name for name in wanted if not any(path.stem.startswith(name) for path in paths)]
     if unknown or not paths:
-        raise SystemExit(
-            f"No notebook {', '.join(unknown) or 'at all'} in {folder.name}/; there are: {', '.join(p.stem for p in paths)}"
-        )
-    return [
-        path for path in paths if not wanted or any(path.stem.startswith(name) for name in wanted)
-    ]
+        there = ", ".join(path.stem for path in paths)
+        missing = ", ".join(unknown) or "at all"
+        raise SystemExit(f"No notebook {missing} in {folder.name}/; there are: {there}")
+    if not wanted:
+        return paths
+    return [path for path in paths if path.stem.startswith(tuple(wanted))]
 
 
 def run(paths, build=ROOT / "build"):
-    """Execute each notebook of `paths` with `build/notebooks` as its folder and write it there; returns seconds by name.
+    """Execute each notebook of `paths` in the folder `build/notebooks` and write it there.
 
-    `build/timings.json` holds the same. The first that fails is kept as far as it ran and ends the program with its traceback.
+    Returns the seconds of each by name; `build/timings.json` holds them too, and their "total".
+    The first notebook that fails is kept as far as it ran, and its traceback ends the program.
     """
-    folder, timings = build / "notebooks", {}
+    folder = build / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(QUIET)
+    timings = {}
+    begun = time.monotonic()
     with alone(build / "tutorial.lock", "notebooks"):
         for path in paths:
             print(f"{path.stem:<36}", end="", flush=True)
-            notebook, start = nbformat.read(path, as_version=4), time.monotonic()
+            notebook = nbformat.read(path, as_version=4)
+            start = time.monotonic()
             try:
                 execute(notebook, folder)
                 timings[path.stem] = round(time.monotonic() - start, 1)
             except (CellExecutionError, DeadKernelError) as error:
                 message = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-                raise SystemExit(
-                    f"failed\n{path.name}, as far as it ran, is in {folder}\n\n{message}"
-                ) from None
+                kept = f"{path.name}, as far as it ran, is in {folder}"
+                raise SystemExit(f"failed\n{kept}\n\n{message}") from None
             finally:
                 write(folder / path.name, nbformat.writes(notebook) + "\n")
-                write(build / "timings.json", json.dumps(timings, indent=1) + "\n")
+                total = {"total": round(time.monotonic() - begun, 1)}
+                write(build / "timings.json", json.dumps(timings | total, indent=1) + "\n")
             print(f"{timings[path.stem]:8.1f} s", flush=True)
     return timings
 
 
 def execute(notebook, folder):
-    """Run all cells of `notebook`, in place, in a fresh kernel of this environment whose working directory is `folder`."""
+    """Run all cells of `notebook`, in place, in a fresh kernel whose working directory is `folder`.
+
+    The kernel is that of this environment.
+    """
     for cell in notebook.cells:
-        if (
-            cell.cell_type == "code"
-        ):  # after a failure, cells that did not run must not show an older run's outputs
-            cell.outputs, cell.execution_count = [], None
-    # iopub_timeout: on a busy machine outputs arrive late; the default of 4 s would drop them.
-    options = {
-        "timeout": -1,
-        "iopub_timeout": 60,
-        "coalesce_streams": True,
-        "store_widget_state": False,
-        "record_timing": False,
-    }
-    with (
-        tempfile.TemporaryDirectory() as sockets
-    ):  # of their own: the default path is relative, and TCP warns
-        channel = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
-        ExecutePreprocessor(kernel_name="python3", config=channel, **options).preprocess(
-            notebook, {"metadata": {"path": str(folder)}}
+        if cell.cell_type == "code":
+            # After a failure, cells that did not run must not show an older run's outputs.
+            cell.outputs = []
+            cell.execution_count = None
+    with tempfile.TemporaryDirectory() as sockets:
+        # Sockets of their own: the default path is relative, and TCP warns.
+        channel = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+        preprocessor = ExecutePreprocessor(
+            kernel_name="python3",
+            config=Config({"KernelManager": channel}),
+            timeout=-1,
+            iopub_timeout=60,  # a busy machine sends outputs late; the default of 4 s drops them
+            coalesce_streams=True,
+            store_widget_state=False,
+            record_timing=False,
         )
+        preprocessor.preprocess(notebook, {"metadata": {"path": str(folder)}})
+
+
+def stale(paths, root=ROOT):
+    """Return those of `paths` whose stamp no longer fits what decides their outputs."""
+    found = []
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        if notebook.metadata.get("tutorial", {}).get("digest") != digest(notebook, root):
+            found.append(path)
+    return found
+
+
+def with_their_adapters(paths, root=ROOT):
+    """Return `paths` and, before them, the notebooks that they declare as inputs.
+
+    What a declared notebook left in `runs/` may come from older code, so it runs again.
+    """
+    needed = set(paths)
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        for name in inputs(notebook):
+            if name.endswith(".ipynb"):
+                needed.add(root / name)
+    return sorted(needed)
 
 
 def commit(paths, build=ROOT / "build", root=ROOT):
-    """Run `paths` on the embedded default and put them back scrubbed and stamped: all of them, or none if one is not fit."""
+    """Run `paths` on the embedded default and put them back scrubbed and stamped.
+
+    All of them are put back, or none: SystemExit names what one of them lacks. A notebook whose
+    adapter they use runs before them, but is not put back unless it is one of `paths`.
+    """
     os.environ["VLM_DPO_PROFILE"] = "embedded"
     before = {path: path.read_bytes() for path in paths}
-    run(paths, build)
-    ready = {
-        path: nbformat.writes(
-            scrub(nbformat.read(build / "notebooks" / path.name, 4), path.stem, root)
-        )
-        for path in paths
-    }
-    if changed := [path.name for path in paths if path.read_bytes() != before[path]]:
-        raise SystemExit(
-            f"{', '.join(changed)} changed during the run, nothing was committed: run it again."
-        )
+    run(with_their_adapters(paths, root), build)
+    ready = {}
+    for path in paths:
+        notebook = nbformat.read(build / "notebooks" / path.name, as_version=4)
+        ready[path] = nbformat.writes(scrub(notebook, path.stem, root)) + "\n"
+    changed = [path.name for path in paths if path.read_bytes() != before[path]]
+    if changed:
+        names = ", ".join(changed)
+        raise SystemExit(f"{names} changed during the run, nothing was committed: run it again.")
     for path, text in ready.items():
-        write(path, text + "\n")
+        write(path, text)
 
 
 def scrub(notebook, name, root=ROOT):
-    """A clean run of `notebook`, stamped, in the form that gives small diffs. SystemExit where an output names the machine or a token."""
+    """Return a clean run of `notebook`, stamped, in the form that gives small diffs.
+
+    SystemExit names the cell where an output names this machine or shows an access token.
+    """
     for position, cell in enumerate(notebook.cells):
         cell.id = f"{name}-{position:02d}"[-64:]
-        cell.metadata = {
-            key: value
-            for key, value in cell.metadata.items()
-            if key in ("cellView", "jupyter", "tags")
-        }
-    for count, cell in enumerate(
-        (cell for cell in notebook.cells if cell.cell_type == "code"), start=1
-    ):
-        cell.execution_count, cell.outputs = (
-            count,
-            [output for output in cell.outputs if keep(output)],
-        )
-        for output in (output for output in cell.outputs if output.output_type == "execute_result"):
-            output.execution_count = count
-        if place := machine_place(json.dumps(cell.outputs, ensure_ascii=False), root):
+        cell.metadata = {key: cell.metadata[key] for key in KEPT_METADATA if key in cell.metadata}
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code_cells, start=1):
+        cell.execution_count = count
+        cell.outputs = [output for output in cell.outputs if keep(output)]
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+        where = f"{name}.ipynb, code cell {count}"
+        place = machine_place(json.dumps(cell.outputs, ensure_ascii=False), root)
+        if place:
             raise SystemExit(
-                f"{name}.ipynb, code cell {count}: an output names this machine ({place}). Print a relative path."
+                f"{where}: an output names this machine ({place}). Print a relative path."
             )
-        if TOKEN.search(without_pictures(cell.source + json.dumps(cell.outputs))):
-            raise SystemExit(
-                f"{name}.ipynb, code cell {count} or its output holds an access token: revoke it, and log in by other means"
-            )
+        if TOKEN.search(without_images(cell.source + json.dumps(cell.outputs))):
+            raise SystemExit(f"{where} or its output shows an access token: revoke the token.")
     notebook.nbformat_minor = 5  # the first with cell ids
     version = ".".join(notebook.metadata.language_info.version.split(".")[:2])
+    tutorial = {"digest": digest(notebook, root)}
+    if inputs(notebook):
+        tutorial["inputs"] = inputs(notebook)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"file_extension": ".py", "name": "python", "version": version},
-        "tutorial": {"digest": digest(notebook, root)},
+        "tutorial": tutorial,
     }
     return notebook
 
 
 def keep(output):
-    """Drop widget views and progress bars from `output`, in place; returns whether anything is left."""
+    """Drop widget views and progress bars from `output`, in place; tell whether any is left."""
     if output.output_type == "stream":
         if output.name == "stderr":
-            output.text = "".join(
-                line for line in output.text.splitlines(keepends=True) if not PROGRESS.search(line)
-            )
+            lines = output.text.splitlines(keepends=True)
+            output.text = "".join(line for line in lines if not PROGRESS.search(line))
         return bool(output.text.strip())
+    if output.output_type == "error":
+        return True
     data = output.get("data", {})
     data.pop(WIDGET, None)
-    bar = set(data) == {"text/plain"} and PROGRESS.search(
-        data["text/plain"]
-    )  # what is left of a progress bar's widget
-    return output.output_type == "error" or (bool(data) and not bar)
+    if set(data) == {"text/plain"}:
+        return not PROGRESS.search(data["text/plain"])  # what is left of a progress bar's widget
+    return bool(data)
 
 
-def without_pictures(text):
-    """`text` without long runs of base64, in which any short word turns up by chance."""
+def without_images(text):
+    """Return `text` without long runs of base64, in which any short word turns up by chance."""
     return re.sub(r"[A-Za-z0-9+/=]{200,}", "", text)
 
 
 def machine_place(text, root=ROOT):
-    """The first folder or host name of this machine in `text`, which may be JSON; None if there is none."""
-    folders = [
-        re.escape(place)
-        for place in (str(root), str(Path.home()), tempfile.gettempdir(), "/tmp/")
-        if place != "/"
-    ]
-    host = rf"\b(?!localhost\b){re.escape(socket.gethostname() or 'localhost')}\b"
-    found = re.search("|".join([*folders, host]), without_pictures(text).replace(r"\n", "\n"))
-    return found and found.group()
+    """Return the first folder or host name of this machine in `text`, or None.
+
+    `text` may be JSON.
+    """
+    folders = {str(root), str(Path.home()), tempfile.gettempdir(), "/tmp/"} - {"/"}
+    patterns = [re.escape(place) for place in sorted(folders)]
+    host = re.escape(socket.gethostname() or "localhost")
+    patterns.append(rf"\b(?!localhost\b){host}\b")
+    found = re.search("|".join(patterns), without_images(text).replace(r"\n", "\n"))
+    return found.group() if found else None
 
 
 def badges(repository, root=ROOT):
-    """Write `repository` (`owner/name`) wherever the old one stands: pyproject.toml, badges, clone and book addresses, constants."""
+    """Write `repository` ("owner/name") wherever the old one stands.
+
+    That is pyproject.toml, the badges, the addresses of clone and book, and the set-up cells.
+    """
     if not re.fullmatch(r"[\w-]+/[\w.-]+", repository):
-        raise SystemExit(
-            f"{repository!r} is not of the form owner/name: make badges REPOSITORY=owner/name"
-        )
+        raise SystemExit(f"{repository!r} is not owner/name: make badges REPOSITORY=owner/name")
     old = home(root)["repository"]
-    place = re.compile(
-        rf'(github\.com/|/github/|codespaces\.new/|repository = "|REPOSITORY = \\"){re.escape(old)}(?![\w-])'
-    )
+    before = r'(github\.com/|/github/|codespaces\.new/|repository = "|REPOSITORY = \\")'
+    place = re.compile(rf"{before}{re.escape(old)}(?![\w-])")
     book = re.compile(rf"\b{re.escape(old.replace('/', '.github.io/'))}(?![\w-])")
-    for path in [
-        root / "pyproject.toml",
-        root / "README.md",
-        *sorted(root.glob("notebooks/*.ipynb")),
-    ]:
-        text = place.sub(lambda match: match[1] + repository, path.read_text(encoding="utf-8"))
+    files = [root / "pyproject.toml", root / "README.md", *sorted(root.glob("notebooks/*.ipynb"))]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        text = place.sub(lambda match: match[1] + repository, text)
         write(path, book.sub(repository.replace("/", ".github.io/"), text))
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (
-        ("run", "execute into build/notebooks/"),
-        ("commit", "execute, scrub and stamp notebooks/"),
-    ):
-        commands.add_parser(command, help=text).add_argument(
-            "names", nargs="*", help="which, for example 05 (default: all)"
-        )
-    commands.add_parser("badges", help="rewrite the repository everywhere").add_argument(
-        "repository", help="owner/name"
-    )
-    chosen = parser.parse_args()
-    if chosen.command == "badges":
-        return badges(chosen.repository)
-    {"run": run, "commit": commit}[chosen.command](select(chosen.names, ROOT / "notebooks"))
+    running = commands.add_parser("run", help="execute into build/notebooks/")
+    running.add_argument("names", nargs="*", help="which, for example 03 (default: all)")
+    committing = commands.add_parser("commit", help="execute, scrub and stamp notebooks/")
+    committing.add_argument("names", nargs="*", help="which (default: those that are stale)")
+    committing.add_argument("--all", action="store_true", help="every notebook, stale or not")
+    moving = commands.add_parser("badges", help="rewrite the repository everywhere")
+    moving.add_argument("repository", help="owner/name")
+    options = parser.parse_args()
+    if options.command == "badges":
+        badges(options.repository)
+        return
+    paths = select(options.names, ROOT / "notebooks")
+    if options.command == "run":
+        run(paths)
+        return
+    if not (options.names or options.all):
+        paths = stale(paths)
+        if not paths:
+            print("every notebook is up to date; --all runs them all the same")
+            return
+    commit(paths)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The package behind the notebooks. Importing it silences, at their source, messages that a reader cannot act on, and bars in log files."""
+"""Silence, at their source, messages that a reader cannot act on, and progress bars in log files.
+
+Notebooks and scripts import this package first: Hugging Face's libraries read the environment
+only once, when they are imported.
+"""
 
 import logging
 import os
@@ -6,17 +10,26 @@ import sys
 import warnings
 from importlib.metadata import version
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-    logging.ERROR
-)  # recommends an optional package at every import
+# bitsandbytes recommends an optional package at every import.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # neither a terminal nor a notebook
-    os.environ.setdefault("TQDM_DISABLE", "1")
+
+# TRL itself sets the argument that this warning is about.
 warnings.filterwarnings(
     "ignore", message=r".*gradient_checkpointing.* is deprecated", category=FutureWarning
-)  # by TRL's own default
+)
+
+# Bars need a terminal or a notebook.
+if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+# In a notebook, tqdm's own widgets ignore TQDM_DISABLE. The libraries that draw them have their
+# own switches.
+if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def versions(*packages):
-    """The installed versions of `packages`: {name: version}."""
+    """Return {name: installed version} for the given packages."""
     return {name: version(name) for name in packages}

@@ -1,4 +1,4 @@
-"""What the trainer is asked to do on the way: draw its curves, stop at a chosen step."""
+"""Callbacks for the trainer: draw its curves live, or stop at a chosen optimizer step."""
 
 import math
 import time
@@ -12,30 +12,36 @@ from utils.plots import figure_html, training_curves
 
 
 class LiveCurves(TrainerCallback):
-    """Redraws `training_curves` in one place of the notebook while the trainer runs; does nothing outside of IPython."""
+    """Redraw `training_curves` in one place of the notebook; do nothing outside of IPython."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.place, self.drawn = uuid4().hex, -math.inf
+        self.place = uuid4().hex
+        self.drawn = -math.inf
 
     def on_log(self, args, state, control, **kwargs):
-        if (
-            time.monotonic() - self.drawn >= 1
-        ):  # a picture takes longer than a step of a small model
-            self.on_train_end(args, state, control)
+        # Drawing takes longer than an optimizer step of a small model.
+        if time.monotonic() - self.drawn >= 1:
+            self.draw(state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if get_ipython() is not None:
-            page = HTML(figure_html(training_curves(state.log_history)))
-            display(page, display_id=self.place, update=self.drawn > 0)
-            self.drawn = time.monotonic()
+        self.draw(state)
+
+    def draw(self, state):
+        """Draw the curves, or replace those drawn before."""
+        if get_ipython() is None:
+            return
+        page = HTML(figure_html(training_curves(state.log_history)))
+        display(page, display_id=self.place, update=self.drawn > 0)
+        self.drawn = time.monotonic()
 
 
 class StopAfter(TrainerCallback):
-    """Saves and ends training after `step` steps although more are planned: what a lost connection does, at a chosen moment."""
+    """Save and stop after `step` optimizer steps, as a lost connection does at a chosen moment."""
 
     def __init__(self, step):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+            control.should_training_stop = True

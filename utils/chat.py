@@ -1,9 +1,13 @@
-"""From a preference pair to a conversation, to rendered text, to tokens; and the checks that all of it is right."""
+"""Turn preference pairs into conversations, rendered text and tokens, and check each step."""
+
+from functools import lru_cache
 
 from datasets import Dataset, Image
+from PIL import Image as PillowImage
+from trl import apply_chat_template
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from utils.images import read, upright_rgb
+from utils.images import image_size, read_image, upright_rgb
 from utils.preferences import (
     REQUIRED_COLUMNS,
     TEXT_COLUMNS,
@@ -14,50 +18,57 @@ from utils.preferences import (
 )
 from utils.progress import progress
 
+ANSWERS = ("chosen", "rejected")
+MESSAGES = ("prompt", *ANSWERS)
+
 
 def prompt_messages(question):
-    """The user's turn: the image, then the question. ValueError when that is no text."""
+    """Return the user's turn: the image, then the question. Raise ValueError if it is not text."""
     return [{"role": "user", "content": [{"type": "image"}, text_part(question, "the question")]}]
 
 
 def answer_messages(answer, name="the answer"):
-    """The assistant's turn. ValueError with `name` when the answer is no text."""
+    """Return the assistant's turn. Raise ValueError with `name` if the answer is not text."""
     return [{"role": "assistant", "content": [text_part(answer, name)]}]
 
 
 def text_part(text, name):
-    if not isinstance(text, str):  # a template would write None as the word "None"
+    # A template would write None as the word "None".
+    if not isinstance(text, str):
         raise ValueError(
-            f"{name} is {type(text).__name__}, not text: drop the row; preferences.check lists all such rows"
+            f"{name} is {type(text).__name__}, not text: drop the row; preferences.check lists all "
+            "such rows"
         )
     return {"type": "text", "text": text}
 
 
 def conversation(row):
-    """The texts of one row as messages: what `DPOTrainer` takes beside the images."""
-    answers = {
-        name: answer_messages(row[name], named(f"{name} answer", row["question"]))
-        for name in ("chosen", "rejected")
-    }
-    return {"prompt": prompt_messages(row["question"])} | answers
+    """Return the texts of one row as messages, as `DPOTrainer` takes them beside the images."""
+    question = row["question"]
+    messages = {"prompt": prompt_messages(question)}
+    for name in ANSWERS:
+        messages[name] = answer_messages(row[name], described(f"{name} answer", question))
+    return messages
 
 
 def format_dataset(dataset, special_tokens=()):
-    """Rows for `DPOTrainer`: `image` (upright, RGB), and `prompt`, `chosen`, `rejected` as messages.
+    """Return rows for `DPOTrainer`: `image`, upright RGB; `prompt`, `chosen`, `rejected`, messages.
 
-    All of it is made when a row is read, so no image is decoded, re-encoded or written, whatever the size or the order of
-    `dataset`: also after `shuffle` and `select` (where re-attaching a column would rewrite every image), also when it streams.
-    A row whose image cannot be read or is too large, or that lacks a text, raises ValueError then. A stream does not go through
-    `within_budget`: there a text with one of `special_tokens` raises as well.
+    Each row is made when it is read. No image is decoded, encoded again or written before that,
+    whatever the size or the order of `dataset`, and whether it is loaded or streamed. Attaching a
+    column after `shuffle` or `select` would write every image again.
+
+    Reading a row raises ValueError when its image cannot be read or is too large, or when a text
+    is missing. A stream does not go through `within_budget`, so there a text with one of
+    `special_tokens` also raises it.
     """
     require_columns(dataset.column_names, "the data set to format")
     require_types(dataset.features, "the data set to format")
-    columns = dataset.select_columns(REQUIRED_COLUMNS).cast_column(
-        "image", Image(decode=False)
-    )  # `read` decodes
+    columns = dataset.select_columns(REQUIRED_COLUMNS)
+    columns = columns.cast_column("image", Image(decode=False))  # `read_image` decodes it
     if isinstance(dataset, Dataset):
         return columns.rename_column("question", "prompt").with_transform(with_messages)
-    # `rename_column` would encode every image of a stream anew.
+    # `rename_column` would encode every image of a stream again.
     return columns.map(
         streamed,
         with_indices=True,
@@ -67,93 +78,111 @@ def format_dataset(dataset, special_tokens=()):
 
 
 def with_messages(batch):
-    """A batch of columns with its images decoded and its texts as messages."""
-    questions = batch.get("prompt") or [None] * max(map(len, batch.values()), default=0)
-    make = {
-        "prompt": lambda text, _: prompt_messages(text),
-        "chosen": lambda text, question: answer_messages(text, named("chosen answer", question)),
-        "rejected": lambda text, question: answer_messages(
-            text, named("rejected answer", question)
-        ),
-        "image": lambda image, question: read(image, named("image", question, image)),
-    }
-    return batch | {
-        name: [make[name](*pair) for pair in zip(batch[name], questions, strict=True)]
-        for name in make
-        if name in batch
-    }
+    """Return a batch of columns with its texts as messages and its images decoded.
+
+    Columns that were not asked for are absent.
+    """
+    out = dict(batch)
+    rows = len(next(iter(batch.values()), []))
+    questions = batch.get("prompt", [None] * rows)
+    if "prompt" in batch:
+        out["prompt"] = [prompt_messages(question) for question in questions]
+    for name in ANSWERS:
+        if name in batch:
+            out[name] = []
+            for answer, question in zip(batch[name], questions, strict=True):
+                out[name].append(answer_messages(answer, described(f"{name} answer", question)))
+    if "image" in batch:
+        out["image"] = []
+        for stored, question in zip(batch["image"], questions, strict=True):
+            out["image"].append(read_image(stored, described("image", question, stored)))
+    return out
 
 
 def streamed(row, number, tokens):
-    """The same for row `number` of a stream."""
+    """Return row `number` of a stream with its texts as messages and its image decoded."""
     try:
         for column in TEXT_COLUMNS:
             refuse_special_tokens(tokens, row[column] or "", column)
-        return conversation(row) | {
-            "image": read(row["image"], named("image", row["question"], row["image"]))
-        }
+        name = described("image", row["question"], row["image"])
+        return {**conversation(row), "image": read_image(row["image"], name)}
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from error
 
 
-def named(part, question, stored=None):
-    """What an error calls a part of a row: with its question, and the name of the file that is `stored`, where they are known."""
-    path = stored.get("path") if isinstance(stored, dict) else None
-    return f"the {part}{f' {path}' if path else ''}{f' of the question {question[:80]!r}' if question else ''}"
+def described(part, question, stored=None):
+    """Return what an error calls a part of a row: with its file and question, where known."""
+    name = f"the {part}"
+    if isinstance(stored, dict) and stored.get("path"):
+        name += f" {stored['path']}"
+    if question:
+        name += f" of the question {question[:80]!r}"
+    return name
 
 
 def render(row, processor):
-    """One row as the chat template writes it: `images` (a list with one decoded image), `prompt`, `chosen`, `rejected` as text.
+    """Return one row as the chat template writes it.
 
-    An answer is rendered together with its prompt and the prompt is then cut off: rendered alone, some templates
-    (Qwen's) would put a system turn in front of it. Raises ValueError when the template changes the prompt.
+    `images` is a list with one decoded image; `prompt`, `chosen` and `rejected` are texts. An
+    answer is rendered together with its prompt and the prompt is then cut off, because some
+    templates, such as Qwen's, would put a system turn before an answer that is rendered alone.
+
+    Raises ValueError when the template changes the prompt.
     """
     messages = conversation(row)
     prompt = processor.apply_chat_template(messages["prompt"], tokenize=False)
     rendered = {"images": [row["image"]], "prompt": prompt}
-    for name in ("chosen", "rejected"):
+    for name in ANSWERS:
         whole = processor.apply_chat_template(messages["prompt"] + messages[name], tokenize=False)
         if not whole.startswith(prompt):
             raise ValueError(
-                f"the chat template changes the prompt when an answer follows: {prompt!r} is not how {whole!r} begins"
+                "the chat template changes the prompt when an answer follows: "
+                f"{whole!r} does not begin with {prompt!r}"
             )
         rendered[name] = whole[len(prompt) :]
     return rendered
 
 
 def training_batch(rows, processor):
-    """What `DPOTrainer` feeds the model for `rows` of `format_dataset`: its own collator, chosen rows first, then rejected.
-    ValueError when a text holds a special token of the model."""
+    """Return what `DPOTrainer` feeds the model for formatted `rows`, made by its own collator.
+
+    `input_ids`, `attention_mask` and `completion_mask` have shape (2 × rows, tokens): the chosen
+    sequences first, then the rejected ones. Raises ValueError when a text contains a special token
+    of the model.
+    """
     tokens = special_tokens(processor)
-    for name, text in (
-        (name, row[name][-1]["content"][-1]["text"])
-        for row in rows
-        for name in ("prompt", "chosen", "rejected")
-    ):
-        refuse_special_tokens(tokens, text, name)
+    for row in rows:
+        require_plain_text(row, tokens)
     return DataCollatorForVisionPreference(processor)([dict(row) for row in rows])
 
 
-def inference_batch(images, questions, processor):
-    """Prompts for `generate`: one image and one question a row, padded on the left, ending where the answer begins.
+def require_plain_text(row, tokens):
+    """Raise ValueError when a text of a formatted row contains one of `tokens`."""
+    for name in MESSAGES:
+        refuse_special_tokens(tokens, row[name][-1]["content"][-1]["text"], name)
 
-    Images in any mode, seen as in training (`images.upright_rgb`). ValueError unless each has its question, or when a question
-    holds a special token of the model."""
+
+def inference_batch(images, questions, processor):
+    """Return prompts for `generate`, padded on the left, that end where the answer begins.
+
+    There is one image and one question per row. Images of any mode are seen as in training, by
+    `images.upright_rgb`. Raises ValueError unless each image has its question, and when a question
+    contains a special token of the model.
+    """
     if not images or len(images) != len(questions):
         raise ValueError(
-            f"{len(images)} images and {len(questions)} questions: give one image, or more, and one question for each"
+            f"{len(images)} images and {len(questions)} questions: give at least one image, and "
+            "one question for each"
         )
-    messages, tokens = (
-        [prompt_messages(question) for question in questions],
-        special_tokens(processor),
-    )
-    for question in questions:
+    tokens = special_tokens(processor)
+    nested = []
+    texts = []
+    for number, (image, question) in enumerate(zip(images, questions, strict=True)):
+        messages = prompt_messages(question)
         refuse_special_tokens(tokens, question, "question")
-    texts = [
-        processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        for message in messages
-    ]
-    nested = [[upright_rgb(image, f"image {number}")] for number, image in enumerate(images)]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        texts.append(text)
+        nested.append([upright_rgb(image, f"image {number}")])
     return processor(
         images=nested,
         text=texts,
@@ -165,114 +194,174 @@ def inference_batch(images, questions, processor):
 
 
 def token_kinds(row, processor):
-    """Per answer the tokens of one formatted row and what each belongs to.
+    """Return, for each answer, the tokens of one formatted row and what each belongs to.
 
-    {"chosen": (tokens, kinds), "rejected": …}; tokens are strings, kinds are "prompt", "image", "chosen" or "rejected".
+    The result is {"chosen": (tokens, kinds), "rejected": …}. Tokens are strings; kinds are
+    "prompt", "image", "chosen" or "rejected".
     """
-    batch, tokenizer = training_batch([row], processor), processor.tokenizer
+    batch = training_batch([row], processor)
     image_id = image_token_id(processor)
     views = {}
-    for name, ids, mask, answer in zip(
-        ("chosen", "rejected"),
-        batch["input_ids"],
-        batch["attention_mask"],
-        batch["completion_mask"],
-        strict=True,
-    ):
-        real = mask.bool()
-        kinds = [
-            name if in_answer else "image" if i == image_id else "prompt"
-            for i, in_answer in zip(ids[real], answer[real], strict=True)
-        ]
-        views[name] = ([tokenizer.decode([i]) for i in ids[real]], kinds)
+    for number, name in enumerate(ANSWERS):
+        real = batch["attention_mask"][number].bool()
+        ids = batch["input_ids"][number][real].tolist()
+        answer = batch["completion_mask"][number][real].tolist()
+        kinds = []
+        for token, in_answer in zip(ids, answer, strict=True):
+            if in_answer:
+                kinds.append(name)
+            elif token == image_id:
+                kinds.append("image")
+            else:
+                kinds.append("prompt")
+        views[name] = ([processor.tokenizer.decode([token]) for token in ids], kinds)
     return views
 
 
 def image_token_id(processor):
-    """The id that stands for a piece of an image in `input_ids`."""
-    if (
-        getattr(processor.tokenizer, "image_token_id", None) is not None
-    ):  # Gemma 3's processor names the start of an image instead
-        return processor.tokenizer.image_token_id
-    if getattr(processor, "image_token_id", None) is not None:
-        return processor.image_token_id
+    """Return the id that stands for a piece of an image in `input_ids`."""
+    # Gemma 3's tokenizer comes first: its processor names the token that starts an image.
+    for source in (processor.tokenizer, processor):
+        if getattr(source, "image_token_id", None) is not None:
+            return source.image_token_id
     return processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
 
 def check_tokens(row, processor):
-    """Compare the training tokens of one formatted row with inference; returns how many there are.
+    """Compare the training tokens of one formatted row with inference, and count them.
 
-    {"prompt_tokens", "image_tokens" (a part of the prompt), "chosen_tokens", "rejected_tokens"}.
+    Returns {"prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens"}; the image tokens
+    are part of the prompt.
 
-    Raises ValueError when the training prompt is not token for token the inference prompt, or an answer does not
-    end with the end-of-turn text of the chat template.
+    Raises ValueError when the training prompt is not the inference prompt, token for token, or
+    when an answer does not end with the chat template's end of a turn.
     """
     batch = training_batch([row], processor)
+    tokenizer = processor.tokenizer
     question = row["prompt"][0]["content"][-1]["text"]
     expected = inference_batch([row["image"]], [question], processor)["input_ids"][0].tolist()
-    turn_end = (
-        render({"image": None, "question": "q", "chosen": "a", "rejected": "a"}, processor)[
-            "chosen"
-        ]
-        .rpartition("a")[2]
-        .strip()
-    )
     counts = {
         "prompt_tokens": len(expected),
         "image_tokens": expected.count(image_token_id(processor)),
     }
-    for name, ids, mask, answer in zip(
-        ("chosen", "rejected"),
-        batch["input_ids"],
-        batch["attention_mask"],
-        batch["completion_mask"],
-        strict=True,
-    ):
-        prompt = ids[mask.bool() & ~answer.bool()].tolist()
+    shortest = {"image": None, "question": "q", "chosen": "a", "rejected": "a"}
+    turn_end = render(shortest, processor)["chosen"].rpartition("a")[2].strip()
+    for number, name in enumerate(ANSWERS):
+        ids = batch["input_ids"][number]
+        real = batch["attention_mask"][number].bool()
+        answer = batch["completion_mask"][number].bool()
+        prompt = ids[real & ~answer].tolist()
         if prompt != expected:
-            trained, used = processor.tokenizer.decode(prompt), processor.tokenizer.decode(expected)
+            trained = tokenizer.decode(prompt)
+            used = tokenizer.decode(expected)
             raise ValueError(
-                f"the training prompt is not the inference prompt: {trained!r} against {used!r}"
+                f"the training prompt {trained!r} is not the inference prompt {used!r}"
             )
-        text = processor.tokenizer.decode(ids[answer.bool()])
+        text = tokenizer.decode(ids[answer])
         if not text.strip().endswith(turn_end):
             raise ValueError(
-                f"the {name} answer does not end with {turn_end!r}, so the model never learns to stop: {text[-60:]!r}"
+                f"the {name} answer does not end with {turn_end!r}, so the model never learns to "
+                f"stop: {text[-60:]!r}"
             )
         counts[f"{name}_tokens"] = int(answer.sum())
     return counts
 
 
 def count_tokens(row, processor):
-    """Length in tokens of the longer of a formatted row's two sequences, image tokens included."""
-    return training_batch([row], processor)["input_ids"].shape[1]
+    """Return the length in tokens of the longer sequence of a formatted row, image included.
+
+    It is the length that the collator gives the row, but the image is not processed: the processor
+    says how many tokens an image of that size takes.
+
+    The image is a Pillow image, or still stored as {"bytes", "path"}; then only its header is
+    read. Raises ValueError when that is impossible, or when a text contains a special token.
+    """
+    require_plain_text(row, special_tokens(processor))
+    sizes = []
+    for image in row["images"] if "images" in row else [row["image"]]:
+        if isinstance(image, PillowImage.Image):
+            sizes.append(image.size)
+        else:
+            question = row["prompt"][-1]["content"][-1]["text"]
+            sizes.append(image_size(image, described("image", question, image)))
+    rendered = apply_chat_template({name: row[name] for name in MESSAGES}, processor)
+    # The collator, too, tokenizes an answer apart from its prompt.
+    answers = [rendered[name] for name in ANSWERS]
+    chosen, rejected = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    return prompt_length(rendered["prompt"], sizes, processor) + max(len(chosen), len(rejected))
+
+
+def prompt_length(prompt, sizes, processor):
+    """Return the length in tokens of a rendered prompt with images of these (width, height)."""
+    if counts_image_tokens(processor, processor.image_processor):
+        return counted_length(prompt, sizes, processor)
+    return processed_length(prompt, sizes, processor)
+
+
+@lru_cache(maxsize=8)
+def counts_image_tokens(processor, image_processor):
+    """Return whether `counted_length` is right for a processor, as one blank image shows.
+
+    It is wrong for Idefics2 and SmolVLM, which lack the method; for Gemma 3, which also puts line
+    breaks around an image; and for an Idefics3 whose tokenizer lacks the marks of the tiles.
+    `image_processor` is the processor's own: a new one is asked again.
+    """
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        return False
+    prompt = processor.apply_chat_template(prompt_messages("What is it?"), tokenize=False)
+    sizes = [(1000, 600)]  # large enough for several tiles
+    counted = counted_length(prompt, sizes, processor)
+    return counted == processed_length(prompt, sizes, processor)
+
+
+def counted_length(prompt, sizes, processor):
+    """Return the length of a prompt as the processor counts it, without an image.
+
+    The method is private to transformers, but serving engines rely on it too.
+    """
+    ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    counted = processor._get_num_multimodal_tokens(
+        image_sizes=[(height, width) for width, height in sizes]
+    )
+    # Each image is still one token in the prompt.
+    return len(ids) - len(sizes) + sum(counted["num_image_tokens"])
+
+
+def processed_length(prompt, sizes, processor):
+    """Return the length of a prompt whose images, here blank ones, are processed."""
+    blank = [PillowImage.new("RGB", size) for size in sizes]
+    batch = processor(images=[blank], text=[prompt], add_special_tokens=False, return_tensors="pt")
+    return batch["input_ids"].shape[1]
 
 
 def within_budget(dataset, processor, token_budget):
-    """(`dataset` without the rows longer than `token_budget`, the numbers of the rows dropped). Nothing is truncated:
+    """Return (`dataset` without the rows longer than `token_budget`, the numbers of those rows).
 
-    a cut inside the image tokens stops training with an error, a cut inside an answer teaches the model not to stop.
-    ValueError with its number for a row that cannot be read or holds a special token, and when no row is left.
+    Nothing is truncated: a cut inside the image tokens stops training with an error, and a cut
+    inside an answer teaches the model not to stop. No image is decoded either, so a file that is
+    damaged behind its header is kept. `preferences.check` finds it, and reading the row raises.
+
+    Raises ValueError with the number of a row whose image has no readable header or is too large,
+    that lacks a text, or that contains a special token, and when no row is left.
     """
-    numbers = progress(range(len(dataset)), "counting tokens")
-    too_long = [
-        number for number in numbers if tokens_at(dataset, number, processor) > token_budget
-    ]
-    if len(too_long) == len(dataset):
+    texts = dataset.select_columns(list(MESSAGES))
+    stored = dataset.with_format(None).select_columns(["image"])
+    stored = stored.cast_column("image", Image(decode=False))
+    kept = []
+    dropped = []
+    for number in progress(range(len(dataset)), "counting tokens"):
+        try:
+            row = {**texts[number], **stored[number]}
+            length = count_tokens(row, processor)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        if length <= token_budget:
+            kept.append(number)
+        else:
+            dropped.append(number)
+    if not kept:
         raise ValueError(
-            f"of {len(dataset)} rows none is within the budget of {token_budget} tokens: raise token_budget, or take others"
+            f"of {len(dataset)} rows none is within the budget of {token_budget} tokens: raise "
+            "token_budget, or use other rows"
         )
-    if not too_long:
-        return dataset, []
-    dropped = set(too_long)
-    return dataset.select(
-        [number for number in range(len(dataset)) if number not in dropped]
-    ), too_long
-
-
-def tokens_at(dataset, number, processor):
-    """`count_tokens` of row `number`; what is wrong with it is said with the number."""
-    try:
-        return count_tokens(dataset[number], processor)
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from error
+    return (dataset.select(kept) if dropped else dataset), dropped

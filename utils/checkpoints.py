@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run left: which of them is whole, and whether it belongs to this run."""
+"""Checkpoints of an interrupted run: which of them is whole, and does it belong to this run?"""
 
 import json
 import re
@@ -12,21 +12,19 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-# What resuming reads; where one of them is missing, transformers may go on without it and not say so.
+# What resuming reads, with the patterns of its files. Where one is missing, transformers may go on
+# without it and not say so.
 NEEDED = {
     "adapter_config.json": ["adapter_config.json"],
     "adapter_model.safetensors": ["adapter_model.safetensors"],
-    "optimizer.pt": [
-        "optimizer.pt",
-        "optimizer.bin",
-        "optimizer_*",
-        "global_step*",
-    ],  # of one process, FSDP's two forms, DeepSpeed's
+    # Of one process, FSDP's two forms, DeepSpeed's.
+    "optimizer.pt": ["optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"],
     "scheduler.pt": ["scheduler.pt"],
     "rng_state.pth": ["rng_state.pth", "rng_state_*.pth"],
-    "trainer_state.json": ["trainer_state.json"],  # the last that is written
+    "trainer_state.json": ["trainer_state.json"],  # written last
 }
-SETTINGS = (
+# Fields of `Settings` and arguments of `DPOConfig` that decide which adapter a run ends at.
+RUN_SETTINGS = (
     "model",
     "model_revision",
     "dataset",
@@ -34,9 +32,11 @@ SETTINGS = (
     "train_split",
     "pixel_budget",
     "four_bit",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
 )
-SETTINGS += ("lora_rank", "lora_alpha", "lora_target")
-ARGUMENTS = (
+RUN_ARGUMENTS = (
     "learning_rate",
     "beta",
     "loss_type",
@@ -49,8 +49,11 @@ ARGUMENTS = (
 
 
 def unreadable(path):
-    """Whether the file `path` is not whole. PyTorch's files are zip archives with a checksum for each part, so any changed byte of
-    a tensor is found there; of safetensors the header and the length are compared, which finds what was cut off."""
+    """Return whether the file `path` is damaged.
+
+    PyTorch's files are zip archives with a checksum for each part, so any changed byte of a tensor
+    is found. Of safetensors, header and length are compared, which finds a file that was cut off.
+    """
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
@@ -60,78 +63,89 @@ def unreadable(path):
         elif path.suffix in (".pt", ".pth", ".bin"):
             with zipfile.ZipFile(path) as archive:
                 return archive.testzip() is not None
-    except (
-        ValueError,
-        EOFError,
-        RuntimeError,
-        SafetensorError,
-        zipfile.BadZipFile,
-    ):  # zipfile meets damage in many ways
+    # zipfile reports damage with several kinds of error.
+    except (ValueError, EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile):
         return True
     return False
 
 
 def damage(checkpoint):
-    """What is wrong with the folder `checkpoint` ("optimizer.pt is missing", "… is empty", "… is damaged"), or None: it is whole."""
+    """Return what is wrong with the folder `checkpoint`, or None when it is whole.
+
+    For example "optimizer.pt is missing", "… is empty" or "… is damaged".
+    """
     for name, patterns in NEEDED.items():
-        if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
+        if not any(list(checkpoint.glob(pattern)) for pattern in patterns):
             return f"{name} is missing"
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        if unreadable(path):
-            return (
-                f"{path.relative_to(checkpoint)} is {'damaged' if path.stat().st_size else 'empty'}"
-            )
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and unreadable(path):
+            problem = "damaged" if path.stat().st_size else "empty"
+            return f"{path.relative_to(checkpoint)} is {problem}"
     return None
 
 
 def newest_first(output):
-    """The folders `checkpoint-<step>` in `output`, whole or not."""
-    folders = [
-        path
-        for path in Path(output).glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
-    return sorted(folders, key=step, reverse=True)
+    """Return the folders `checkpoint-<step>` in `output`, whole or not, latest step first."""
+    folders = []
+    for path in Path(output).glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            folders.append(path)
+    return sorted(folders, key=steps_done, reverse=True)
 
 
-def step(checkpoint):
-    """The optimizer steps that were done when `checkpoint` was saved."""
+def steps_done(checkpoint):
+    """Return how many optimizer steps were done when `checkpoint` was saved."""
     return int(checkpoint.name.split("-")[1])
 
 
-def recorded(checkpoint):
-    """What `Origin` wrote into `checkpoint`: {"values", "saved_at"}; {} when it was saved without one."""
+def recorded_origin(checkpoint):
+    """Return what `Origin` wrote into `checkpoint`: {"values", "saved_at"}, or {} without one."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state.get("stateful_callbacks", {}).get("Origin", {}).get("attributes", {})
 
 
 def last_checkpoint(output):
-    """The whole checkpoint in `output` that was saved last: not that of an earlier, longer run into the same folder.
+    """Return the whole checkpoint in `output` that was saved last.
 
-    A warning names the damaged ones that went further, and what is wrong with them; FileNotFoundError when none is whole.
+    This need not be the one with the most steps: an earlier, longer run into the same folder may
+    have left that. Warns about damaged checkpoints that went further, and says what is wrong with
+    each. Raises FileNotFoundError when no checkpoint is whole.
     """
-    problems = {checkpoint: damage(checkpoint) for checkpoint in newest_first(output)}
-    whole = [checkpoint for checkpoint, problem in problems.items() if not problem]
-    last = max(whole, key=lambda checkpoint: recorded(checkpoint).get("saved_at", 0), default=None)
-    further = [
-        f"{path.name} ({problem})"
-        for path, problem in problems.items()
-        if problem and (last is None or step(path) > step(last))
-    ]
+    last = None
+    last_saved_at = -1
+    damaged = []
+    for checkpoint in newest_first(output):
+        problem = damage(checkpoint)
+        if problem:
+            damaged.append((checkpoint, problem))
+            continue
+        saved_at = recorded_origin(checkpoint).get("saved_at", 0)
+        if saved_at > last_saved_at:
+            last = checkpoint
+            last_saved_at = saved_at
+
+    further = []
+    for checkpoint, problem in damaged:
+        if last is None or steps_done(checkpoint) > steps_done(last):
+            further.append(f"{checkpoint.name} ({problem})")
     if last is None:
-        found = f"no whole one: {', '.join(further)}" if further else "no checkpoint"
+        found = f"no whole checkpoint: {', '.join(further)}" if further else "no checkpoint"
         raise FileNotFoundError(
-            f"nothing to resume: {output} holds {found}; train without resuming (no --resume, resume=False)"
+            f"nothing to resume: {output} holds {found}; "
+            "train without resuming (no --resume, resume=False)"
         )
     if further:
         warnings.warn(
-            f"{output}: passed over {', '.join(further)}; going on from {last.name}", stacklevel=2
+            f"{output}: skipping {', '.join(further)}; resuming from {last.name}", stacklevel=2
         )
     return last
 
 
 def put_in_place(new, folder):
-    """Rename the folder `new` to `folder` and delete what stood there: killed in between, `folder` is the old, the new or none."""
+    """Rename the folder `new` to `folder` and delete what `folder` held.
+
+    Killed in between, `folder` is the old one, the new one, or absent.
+    """
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -140,21 +154,29 @@ def put_in_place(new, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def pairs_per_step(arguments):
+    """Return how many pairs an optimizer step uses, over all processes."""
+    micro_batch = arguments.train_batch_size
+    return micro_batch * arguments.gradient_accumulation_steps * arguments.world_size
+
+
 def origin(settings, arguments, rows):
-    """{name: value} of what decides where a run ends: `settings` of the profile, training `arguments`, how many `rows` there are.
-    Rows that were edited but not counted otherwise are not noticed."""
-    values = {name: getattr(settings, name) for name in SETTINGS} | {
-        name: getattr(arguments, name) for name in ARGUMENTS
-    }
-    values["pairs a step"] = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
+    """Return what decides which adapter a run ends at, as {name: value} of JSON.
+
+    Rows are only counted: a row that was edited goes unnoticed.
+    """
+    values = {}
+    for name in RUN_SETTINGS:
+        values[name] = getattr(settings, name)
+    for name in RUN_ARGUMENTS:
+        values[name] = getattr(arguments, name)
+    values["pairs a step"] = pairs_per_step(arguments)
     values["rows"] = len(rows) if hasattr(rows, "__len__") else "a stream"
-    return json.loads(json.dumps(values))  # as it will be read back
+    return json.loads(json.dumps(values))  # in the form in which it will be read back
 
 
 class Origin(TrainerCallback, ExportableState):
-    """Writes `values`, what `origin` returned, and the time into the trainer_state.json of every checkpoint."""
+    """Write the `values` that `origin` returns, and the time, into every trainer_state.json."""
 
     def __init__(self, values):
         self.values = values
@@ -164,19 +186,22 @@ class Origin(TrainerCallback, ExportableState):
 
 
 def check_origin(checkpoint, values):
-    """ValueError that names each setting in which `checkpoint` was made with another value than `values`, what `origin` returns."""
-    made = recorded(checkpoint).get("values")
+    """Raise ValueError when `checkpoint` was not made with the `values` that `origin` returns.
+
+    The error names each setting that differs, with both values.
+    """
+    made = recorded_origin(checkpoint).get("values")
     if made is None:
         raise ValueError(
-            f"{checkpoint} does not say with which settings it was made: train without resuming, into another folder"
+            f"{checkpoint} does not say which settings it was made with: "
+            "train without resuming, into another folder"
         )
-    other = [
-        f"{name} was {made.get(name)!r} and is {value!r}"
-        for name, value in values.items()
-        if made.get(name) != value
-    ]
-    if other:
+    changed = []
+    for name, value in values.items():
+        if made.get(name) != value:
+            changed.append(f"{name} was {made.get(name)!r} and is {value!r}")
+    if changed:
         raise ValueError(
-            f"{checkpoint} belongs to a run with other settings ({'; '.join(other)}): "
-            "resume with those, or train into another output folder"
+            f"{checkpoint} belongs to a run with other settings ({'; '.join(changed)}): "
+            "resume with those settings, or train into another output folder"
         )

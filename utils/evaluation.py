@@ -1,203 +1,179 @@
-"""Ask a model about scenes whose truth is known, and compare two models on the same scenes."""
+"""Ask two models the same questions, count what they get wrong, and compare the counts.
 
-import random
+A model's answers are {"descriptions": [text per image], "pope": {kind: [text per image]}}. Counts
+are arrays (scenes, 2) of numerators and denominators, as in `utils.paired_statistics`. What is in
+an image comes as a list of categories, and a function `mentions(text)` names those in a text, so
+the same code serves any world in which the objects are known.
+"""
+
 import re
-from collections import Counter
-from itertools import permutations
+from typing import NamedTuple
 
 import numpy as np
 
-from embedded.claims import claims, is_right, mentions
-from embedded.drawing import CATEGORIES
-from embedded.scenes import (
-    COUNT_QUESTION,
-    absent_companions,
-    colour_question,
-    describe,
-    existence_question,
-    place_question,
-)
-from utils.generation import answer
+from utils.generation import DESCRIBE, answer
 from utils.hallucination import chair_counts, pope_counts
 from utils.paired_statistics import paired_difference, rate
 
-DESCRIBE = "Describe the image."
-POPE_KINDS = ("random", "popular", "adversarial")
-METRICS = (
-    "chair_i",
-    "chair_s",
-    "recall",
-    "cog",
-    "claim_precision",
-    "pope_accuracy",
-    "pope_f1",
-    "pope_yes_ratio",
-    "words",
-)
+POPE_KINDS = ("random", "popular", "adversarial")  # POPE's ways to choose an absent category
+POPE_TOKENS = 16  # an answer to a yes/no question needs no more
 
 
-def pope_questions(truths, seed=0):
-    """Per scene the four categories that POPE asks about: one that is there, three that are not.
+class Metric(NamedTuple):
+    """What a metric is called, what it measures, and how to read it."""
 
-    Absent ones are chosen as POPE does: at random; the most frequent in these scenes; the one that stands most often
-    together with something that is there. Returns [{"present", "random", "popular", "adversarial"}].
+    title: str
+    meaning: str
+    better: str  # "lower", "higher", or "" where neither direction is better
+    unit: str  # "%" for fractions, "words" for lengths
+
+
+METRICS = {
+    "chair_i": Metric(
+        title="CHAIR-i",
+        meaning="the share of mentioned objects that are absent",
+        better="lower",
+        unit="%",
+    ),
+    "chair_s": Metric(
+        title="CHAIR-s",
+        meaning="the share of answers that mention at least one absent object",
+        better="lower",
+        unit="%",
+    ),
+    "recall": Metric(
+        title="Recall",
+        meaning="the share of present objects that are mentioned",
+        better="higher",
+        unit="%",
+    ),
+    "cog": Metric(
+        title="Cog",
+        meaning="the share of expected but absent objects that are mentioned",
+        better="lower",
+        unit="%",
+    ),
+    "claim_precision": Metric(
+        title="Claim precision",
+        meaning="the share of claims that are right",
+        better="higher",
+        unit="%",
+    ),
+    "pope_accuracy": Metric(
+        title="POPE accuracy",
+        meaning="the share of yes/no questions answered correctly",
+        better="higher",
+        unit="%",
+    ),
+    "pope_f1": Metric(
+        title="POPE F1",
+        meaning="the harmonic mean of the precision and the recall of “yes”",
+        better="higher",
+        unit="%",
+    ),
+    "pope_yes_ratio": Metric(
+        title="POPE yes ratio",
+        meaning="the share of yes/no questions answered “yes”, ideally half",
+        better="",
+        unit="%",
+    ),
+    "words": Metric(
+        title="Words",
+        meaning="the mean number of words in a description",
+        better="",
+        unit="words",
+    ),
+}
+
+
+def format_value(metric, value, sign=""):
+    """Return `value` of the `metric` (its name) as text: "12.3%" for a fraction, "12.3" for words.
+
+    `sign="+"` writes the sign of a difference. Where nothing could be counted (nan) it is "–".
     """
-    draw = np.random.default_rng(seed)
-    names = [sorted({o["category"] for o in objects}) for objects in truths]
-    frequency = Counter(name for scene in names for name in scene)
-    together = Counter(pair for scene in names for pair in permutations(scene, 2))
-    questions = []
-    for scene in names:
-        absent = [c for c in CATEGORIES if c not in scene]
-        questions.append(
-            {
-                "present": str(draw.choice(scene)),
-                "random": str(draw.choice(absent)),
-                "popular": max(absent, key=lambda c: frequency[c]),
-                "adversarial": max(
-                    absent,
-                    key=lambda c: max(together[there, c] / frequency[there] for there in scene),
-                ),
-            }
-        )
-    return questions
+    if np.isnan(value):
+        return "–"
+    if METRICS[metric].unit == "%":
+        return f"{100 * value:{sign}.1f}%"
+    return f"{value:{sign}.1f}"
 
 
-def ask(model, processor, scenes, settings, adapter=True):
-    """Greedy answers to all evaluation questions: {"descriptions": [...], "pope": {kind: [...]}}.
+def ask(settings, model, processor, images, questions, adapter=True):
+    """Return a model's greedy answers to all evaluation questions about `images`.
 
-    `scenes`: rows with `image` and `objects`. Every picture is read once.
+    `questions` holds one question per image for every kind: {"present": [...], "random": [...],
+    "popular": [...], "adversarial": [...]}. Without the `adapter` the base model answers.
     """
-    images, truths = list(scenes["image"]), list(scenes["objects"])
-    answers = {
-        "descriptions": answer(
-            model, processor, images, [DESCRIBE] * len(images), settings, adapter
-        ),
-        "pope": {},
-    }
-    asked = pope_questions(truths)
+    describe = [DESCRIBE] * len(images)
+    descriptions = answer(settings, model, processor, images, describe, adapter)
+    replies = {}
     for kind in ("present", *POPE_KINDS):
-        questions = [existence_question(row[kind]) for row in asked]
-        answers["pope"][kind] = answer(
-            model, processor, images, questions, settings, adapter, max_new_tokens=16
+        replies[kind] = answer(
+            settings,
+            model,
+            processor,
+            images,
+            questions[kind],
+            adapter,
+            max_new_tokens=POPE_TOKENS,
         )
-    return answers
+    return {"descriptions": descriptions, "pope": replies}
 
 
-def never_asked(truths, seed=0):
-    """Questions of kinds that no preference pair asks, one of each per scene: {"colour" | "place" | "count": [question]}."""
-    rng = random.Random(seed)
-    about = [rng.choice(objects)["category"] for objects in truths]
-    return {
-        "colour": [colour_question(category) for category in about],
-        "place": [place_question(category) for category in about],
-        "count": [COUNT_QUESTION] * len(truths),
-    }
+def count_descriptions(texts, present, mentions):
+    """Count what descriptions mention, as arrays (scenes, 2): chair_i, chair_s, recall, words.
 
-
-def answered_right(text, objects, kind):
-    """Whether `text` makes a claim of `kind` ("colour", "place" or "count") about the scene, and no wrong claim."""
-    made = claims(text)
-    return any(claim["kind"] == kind for claim in made) and all(
-        is_right(claim, objects) for claim in made
-    )
-
-
-def stammers(text):
-    """Whether a word follows itself: "a pink pink cup". CHAIR does not see it."""
-    return re.search(r"\b(\w+) \1\b", text.lower()) is not None
-
-
-def describe_counts(texts, truths):
-    """Numerators and denominators of the metrics of descriptions, scene by scene: {metric: array (scenes, 2)}."""
-    said = [mentions(text) for text in texts]
-    counts = chair_counts(said, [[o["category"] for o in objects] for objects in truths])
-    cog, precision, words = [], [], []
-    for text, named, objects in zip(texts, said, truths, strict=True):
-        planted, made = absent_companions(objects), claims(text)
-        cog.append((len(set(planted) & set(named)), len(planted)))
-        precision.append((sum(is_right(claim, objects) for claim in made), len(made)))
-        words.append((len(text.split()), 1))
-    return counts | {
-        "cog": np.array(cog, float),
-        "claim_precision": np.array(precision, float),
-        "words": np.array(words, float),
-    }
-
-
-def count(answers, truths):
-    """`describe_counts`, and POPE's accuracy, F1 and yes ratio pooled over its three ways to choose absent objects.
-
-    The questions about present objects count once in each of the three, as in the official files.
+    `present` holds for each scene its categories. `mentions(text)` returns the categories that a
+    text names, every occurrence.
     """
-    per_kind = [pope_counts_of(answers, kind) for kind in POPE_KINDS]
-    pope = {
-        f"pope_{name}": sum(kind[name] for kind in per_kind)
-        for name in ("accuracy", "f1", "yes_ratio")
-    }
-    counts = describe_counts(answers["descriptions"], truths)
-    return {name: (counts | pope)[name] for name in METRICS}
+    counts = chair_counts([mentions(text) for text in texts], present)
+    counts["words"] = np.array([(len(text.split()), 1) for text in texts], float)
+    return counts
 
 
 def pope_counts_of(answers, kind):
-    """POPE's counts for one way of choosing absent objects, per scene (one question whose answer is yes, one whose answer is no)."""
-    yes = pope_counts(answers["pope"]["present"], ["yes"] * len(answers["pope"]["present"]))
-    no = pope_counts(answers["pope"][kind], ["no"] * len(answers["pope"][kind]))
-    return {name: yes[name] + no[name] for name in yes}
+    """Return POPE's counts for one way of choosing absent categories: {metric: array (scenes, 2)}.
 
-
-def constant_answers(truths):
-    """What the metrics say of four models that never look: they are the lines a real one has to beat."""
-    everything = " ".join(f"There is a {category}." for category in CATEGORIES)
-    descriptions = {
-        "always yes": "Yes.",
-        "always no": "No.",
-        "the empty answer": "",
-        "lists everything": everything,
-    }
-    kinds = ("present", *POPE_KINDS)
-    return {
-        name: {
-            "descriptions": [text] * len(truths),
-            "pope": {
-                kind: ["No." if name == "always no" else "Yes." if text else ""] * len(truths)
-                for kind in kinds
-            },
-        }
-        for name, text in descriptions.items()
-    }
-
-
-def compare(base, dpo, truths):
-    """The comparison that `evaluation.json` holds: {"base", "dpo", "difference", "n"}, metrics as fractions.
-
-    `base`, `dpo`: answers from `ask` for the same scenes. "difference" is dpo − base: {metric: {"mean", "low", "high", "p"}}.
+    Each scene adds two questions: the answer to one is yes, the answer to the other no.
     """
-    before, after = count(base, truths), count(dpo, truths)
-    return {
-        "base": {name: rate(values) for name, values in before.items()},
-        "dpo": {name: rate(values) for name, values in after.items()},
-        "difference": {name: paired_difference(before[name], after[name]) for name in before},
-        "n": len(truths),
-    }
+    present = answers["pope"]["present"]
+    absent = answers["pope"][kind]
+    counts_yes = pope_counts(present, ["yes"] * len(present))
+    counts_no = pope_counts(absent, ["no"] * len(absent))
+    return {name: counts_yes[name] + counts_no[name] for name in counts_yes}
 
 
-def true_words(truths):
-    """Words per scene in the true descriptions: the length an honest answer has."""
-    return float(np.mean([len(describe(objects).split()) for objects in truths]))
+def count(answers, present, mentions):
+    """Count all that `ask` returned: {metric: array (scenes, 2)}; see `count_descriptions`.
+
+    POPE's accuracy, F1 and yes ratio are pooled over its three ways of choosing absent categories.
+    The questions about present ones count once in each of the three, as in the official files.
+    """
+    counts = count_descriptions(answers["descriptions"], present, mentions)
+    per_kind = [pope_counts_of(answers, kind) for kind in POPE_KINDS]
+    for name in ("accuracy", "f1", "yes_ratio"):
+        counts[f"pope_{name}"] = sum(counts_of_kind[name] for counts_of_kind in per_kind)
+    return counts
 
 
-def attributes_right(texts, truths, kind):
-    """Of the true objects that are named with a `kind` ("colour" or "place"), the share for which it is right."""
-    said = [
-        (claim, objects)
-        for text, objects in zip(texts, truths, strict=True)
-        for claim in claims(text)
-        if claim["kind"] == kind and claim["category"]
-    ]
-    known = [
-        (claim, objects)
-        for claim, objects in said
-        if any(o["category"] == claim["category"] for o in objects)
-    ]
-    return float(np.mean([is_right(claim, objects) for claim, objects in known]))
+def compare(base_counts, tuned_counts):
+    """Compare two models on the same scenes, as evaluation.json holds it.
+
+    Returns {"base", "tuned", "difference", "n"}. The first two are {metric: fraction}. The
+    difference is tuned − base: {metric: {"mean", "low", "high", "p"}}. `n` is the number of scenes.
+    """
+    base = {}
+    tuned = {}
+    difference = {}
+    for name in METRICS:
+        if name in base_counts:
+            base[name] = rate(base_counts[name])
+            tuned[name] = rate(tuned_counts[name])
+            difference[name] = paired_difference(base_counts[name], tuned_counts[name])
+    scenes = len(next(iter(base_counts.values())))
+    return {"base": base, "tuned": tuned, "difference": difference, "n": scenes}
+
+
+def stammers(text):
+    """Return whether a word follows itself: "a pink pink cup". CHAIR does not see it."""
+    return re.search(r"\b(\w+) \1\b", text.lower()) is not None

@@ -1,266 +1,347 @@
-"""How much a model hallucinates: CHAIR, POPE and AMBER as plain functions on lists, computed as the official scorers do.
+"""Measure hallucination with CHAIR, POPE and AMBER, as the official scorers compute them.
 
-Rohrbach et al. 2018 for CHAIR, Li et al. 2023 for POPE, Wang et al. 2023 for AMBER. Metrics that are ratios of sums over answers
-are kept as arrays of shape (answers, 2): numerators and denominators. That is all a paired bootstrap (`utils.paired_statistics`) needs.
+CHAIR is from Rohrbach et al. 2018, POPE from Li et al. 2023 and AMBER from Wang et al. 2023. A
+metric that is a ratio of sums over answers is kept as an array (answers, 2) of numerators and
+denominators, which is all that a paired bootstrap in `utils.paired_statistics` needs.
 """
 
 import re
-from operator import eq
 
 import numpy as np
 
 from utils.paired_statistics import rate
 
 CAPTION_WORD = re.compile(r"[\w/-]+|'\w*|[^\w\s]")
-_ANIMALS = (
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "animal",
-    "cub",
-)
-DOUBLE_WORDS = {  # CHAIR's: two words that count as one, so that "hot dog" names no dog and "baby bird" no person
-    **{pair: pair for pair in ("hot dog", "teddy bear", "motor bike", "train track", "home plate")},
-    **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
-    **{
-        "passenger jet": "jet",
-        "passenger train": "train",
-        "bow tie": "tie",
-        "toilet seat": "toilet",
-    },
+
+# CHAIR's double words count as one word, so that "hot dog" names no dog.
+DOUBLE_WORDS = {
+    "hot dog": "hot dog",
+    "teddy bear": "teddy bear",
+    "motor bike": "motor bike",
+    "train track": "train track",
+    "home plate": "home plate",
+    "passenger jet": "jet",
+    "passenger train": "train",
+    "bow tie": "tie",
+    "toilet seat": "toilet",
     "wine glas": "wine glass",  # what the official singularizer leaves of "wine glass"
 }
+_ANIMALS = ["bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"]
+_ANIMALS += ["animal", "cub"]
+for _animal in _ANIMALS:  # "baby" alone is a person, but "baby bird" names none
+    DOUBLE_WORDS[f"baby {_animal}"] = _animal
+    DOUBLE_WORDS[f"adult {_animal}"] = _animal
+
 AMBER_DIMENSIONS = {  # type in annotations.json → the dimensions it counts for
-    **{
-        f"discriminative-attribute-{name}": ["attribute", name]
-        for name in ("state", "number", "action")
-    },
-    **{
-        "discriminative-hallucination": ["existence"],
-        "discriminative-relation": ["relation"],
-        "relation": ["relation"],
-    },
+    "discriminative-attribute-state": ["attribute", "state"],
+    "discriminative-attribute-number": ["attribute", "number"],
+    "discriminative-attribute-action": ["attribute", "action"],
+    "discriminative-hallucination": ["existence"],
+    "discriminative-relation": ["relation"],
+    "relation": ["relation"],
 }
+SIMILAR = 0.8  # AMBER takes two words for one when they are more alike than this
 
 
 def chair_counts(mentioned, truths):
-    """Per answer, numerators and denominators of CHAIR_i, CHAIR_s and recall: {name: array (answers, 2)}.
+    """Count CHAIR_i, CHAIR_s and recall per answer: {name: array (answers, 2)}.
 
-    `mentioned`: per answer the categories named, every occurrence; `truths`: per answer the categories really there.
+    `mentioned` holds for each answer the categories it names, every occurrence. `truths` holds the
+    categories that are there.
     """
-    rows = {"chair_i": [], "chair_s": [], "recall": []}
-    for said, truth in zip(mentioned, truths, strict=True):
-        wrong, truth = [c for c in said if c not in set(truth)], set(truth)
-        rows["chair_i"].append((len(wrong), len(said)))
-        rows["chair_s"].append((bool(wrong), 1))
-        rows["recall"].append((len(truth & set(said)), len(truth)))
-    return {name: np.array(values, dtype=float).reshape(-1, 2) for name, values in rows.items()}
+    chair_i = []
+    chair_s = []
+    recall = []
+    for named, present in zip(mentioned, truths, strict=True):
+        present = set(present)
+        wrong = [category for category in named if category not in present]
+        chair_i.append((len(wrong), len(named)))
+        chair_s.append((len(wrong) > 0, 1))
+        recall.append((len(present & set(named)), len(present)))
+    return {"chair_i": _table(chair_i), "chair_s": _table(chair_s), "recall": _table(recall)}
+
+
+def _table(rows):
+    """Return pairs of numerator and denominator as an array (answers, 2), even if there is none."""
+    return np.array(rows, dtype=float).reshape(-1, 2)
 
 
 def chair(mentions, truths):
-    """CHAIR over a list of answers: {"chair_i", "chair_s", "recall"} as fractions, micro-averaged as the official script does.
+    """Compute CHAIR over a list of answers: {"chair_i", "chair_s", "recall"} as fractions.
 
-    Raises ZeroDivisionError when no answer names any object: CHAIR_i does not exist then (the official script stops too).
+    The averages are micro-averages, as in the official script. Arguments as for `chair_counts`.
+    Raises ZeroDivisionError when no answer names any object. The official script stops there too.
     """
     counts = chair_counts(mentions, truths)
     if counts["chair_i"][:, 1].sum() == 0:
-        raise ZeroDivisionError(
-            "no answer names any object, so there is no share of wrong mentions"
-        )
+        raise ZeroDivisionError("no answer mentions an object, so CHAIR_i is undefined")
     return {name: rate(values) for name, values in counts.items()}
 
 
 def caption_mentions(caption, synonyms, singular, words=CAPTION_WORD.findall):
-    """The COCO categories that `caption` names, every occurrence, in order, by the rules of the official CHAIR script.
+    """Return the COCO categories that `caption` names by the rules of the official CHAIR script.
 
-    `synonyms`: {word: category} (`benchmark_files.read_synonyms`). `singular(word)`: its singular, officially `singularize` of
-    clips Pattern, which makes "bus" a "bu": "bus" never counts, "buses" does. `words(text)`: its words and punctuation marks,
-    officially nltk's `word_tokenize`, where contractions fall apart otherwise and "u.s." and "dog.a" are one word.
+    Every occurrence counts, in order. `synonyms` is {word: category}, as
+    `benchmark_files.read_synonyms` returns it. `singular(word)` returns a word's singular:
+    officially `singularize` of CLiPS Pattern, which makes "bus" a "bu", so that "bus" never counts
+    and "buses" does. `words(text)` returns words and punctuation marks: officially nltk's
+    `word_tokenize`, which splits contractions differently and keeps "u.s." and "dog.a" together.
     """
-    left, joined = [singular(word) for word in words(caption.lower())], []
-    while left:
-        pair = " ".join(left[:2])
-        double = DOUBLE_WORDS.get(pair, pair if pair in synonyms else "")
-        joined.append(double or left[0])
-        left = left[2 if double else 1 :]
-    other = {"seat"} if "toilet" in joined else set()  # a toilet's seat is no chair
-    return [synonyms[word] for word in joined if word in synonyms and word not in other]
+    singulars = [singular(word) for word in words(caption.lower())]
+    joined = []
+    position = 0
+    while position < len(singulars):
+        pair = " ".join(singulars[position : position + 2])
+        if pair in DOUBLE_WORDS:
+            joined.append(DOUBLE_WORDS[pair])
+            position += 2
+        elif pair in synonyms:
+            joined.append(pair)
+            position += 2
+        else:
+            joined.append(singulars[position])
+            position += 1
+    if "toilet" in joined:  # a toilet's seat is no chair
+        joined = [word for word in joined if word != "seat"]
+    return [synonyms[word] for word in joined if word in synonyms]
 
 
 def says_no(answer):
-    """POPE's own reading of an answer: the words up to the first full stop, without commas; anything without a "no" is a yes."""
+    """Return whether POPE reads an answer as "no". Everything else is a "yes" to its script.
+
+    The script looks for "No", "no" or "not" among the words before the first period, after it has
+    deleted the commas.
+    """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "No" in words or "not" in words or "no" in words
 
 
 def pope_counts(answers, labels):
-    """Per answer numerators and denominators of accuracy, precision, recall, F1 and yes ratio. `labels`: "yes" or "no"."""
+    """Count POPE's metrics per answer: {name: array (answers, 2)}.
+
+    The names are accuracy, precision, recall, f1 and yes_ratio. A label is "yes" or "no". Raises
+    ValueError if there is not one label per answer.
+    """
     if len(answers) != len(labels):
         raise ValueError(
-            f"{len(answers)} answers but {len(labels)} labels: POPE joins them by their order"
+            f"{len(answers)} answers but {len(labels)} labels: POPE needs one label per answer, "
+            "in the same order"
         )
-    yes = np.array([not says_no(answer) for answer in answers], dtype=float)
-    label = np.array([{"yes": 1.0, "no": 0.0}[name] for name in labels])
-    both, one = yes * label, np.ones_like(label)
-    pairs = {
-        "accuracy": ((yes == label).astype(float), one),
-        "precision": (both, yes),
-        "recall": (both, label),
-        "f1": (2 * both, yes + label),
-        "yes_ratio": (yes, one),
+    value = {"yes": 1.0, "no": 0.0}
+    said_yes = np.array([not says_no(answer) for answer in answers], dtype=float)
+    is_yes = np.array([value[label] for label in labels])
+    right = (said_yes == is_yes).astype(float)
+    found = said_yes * is_yes  # 1 where a "yes" is right
+    one = np.ones_like(is_yes)
+    return {
+        "accuracy": np.stack([right, one], axis=1),
+        "precision": np.stack([found, said_yes], axis=1),
+        "recall": np.stack([found, is_yes], axis=1),
+        "f1": np.stack([2 * found, said_yes + is_yes], axis=1),
+        "yes_ratio": np.stack([said_yes, one], axis=1),
     }
-    return {name: np.stack(pair, axis=1) for name, pair in pairs.items()}
 
 
 def pope(answers, labels):
-    """POPE over a list of answers, positive class "yes": {"accuracy", "precision", "recall", "f1", "yes_ratio"} as fractions.
+    """Compute POPE over a list of answers, as fractions. The positive class is "yes".
 
-    Raises ZeroDivisionError when every answer is a "no": precision does not exist then (the official script stops too).
-    Without a single right "yes", where the script stops as well, F1 is 0; without a label "yes" recall is nan.
+    Returns {"accuracy", "precision", "recall", "f1", "yes_ratio"}. Raises ZeroDivisionError when
+    every answer is a "no" and precision is undefined. The official script stops there too. It also
+    stops where no "yes" is right; here F1 is 0 then. Recall is nan if no label is "yes".
     """
     counts = pope_counts(answers, labels)
     if counts["precision"][:, 1].sum() == 0:
-        raise ZeroDivisionError("every answer is a no, so there is no precision")
+        raise ZeroDivisionError("every answer is a no, so precision is undefined")
     scores = {name: rate(values) for name, values in counts.items()}
-    precision, recall = (
-        scores["precision"],
-        scores["recall"],
-    )  # F1 from these two, as officially: equal to the last digit
-    return scores | {
-        "f1": 2 * precision * recall / (precision + recall) if precision * recall > 0 else 0.0
-    }
+    # From precision and recall, as officially, so that F1 agrees to the last digit.
+    precision = scores["precision"]
+    recall = scores["recall"]
+    if precision * recall > 0:
+        scores["f1"] = 2 * precision * recall / (precision + recall)
+    else:
+        scores["f1"] = 0.0
+    return scores
 
 
 def amber_percent(count, total, counters=1):
-    """AMBER's percentage, rounded to one decimal. Each official counter starts at 0.001, so that nothing is divided by 0."""
+    """Return AMBER's percentage, rounded to one decimal.
+
+    Each official counter starts at 0.001 to avoid a division by zero. `counters` is the number of
+    counters that were summed for `total`.
+    """
     return round(count / (total + 0.001 * counters) * 100, 1)
 
 
 def amber_discriminative(responses, annotations):
-    """AMBER's yes/no questions, positive class "no": {"accuracy", "precision", "recall", "f1"} in percent, as the script prints them.
+    """Score AMBER's yes/no questions in percent, as the script prints them.
 
-    `responses`: [{"id", "response"}]; `annotations`: [{"id", "type", "truth"}] with all of their ids, looked up by id. Beside the
-    overall figures there is a dict of the same four for every dimension asked about: existence, attribute (state, number and
-    action together), state, number, action, relation. A response counts only if it is exactly "Yes" or "No": any other
-    is wrong, and no predicted "no". F1 comes from the rounded precision and recall. Raises ValueError for an id without an
-    annotation and for the id of a generative item.
+    The positive class is "no". `responses` is [{"id", "response"}]. `annotations` is [{"id",
+    "type", "truth"}] and must contain all of their ids. Returns {"accuracy", "precision", "recall",
+    "f1"} and, for every dimension asked about, a dict of the same four: existence, attribute,
+    state, number, action and relation. Attribute takes state, number and action together. A
+    response counts only if it is exactly "Yes" or "No". Any other is wrong and no predicted "no".
+    Raises ValueError for an id without annotation and for the id of a generative item.
     """
-    known = {row["id"]: row for row in annotations}
-    asked = {
-        name: []
-        for name in ("overall", "existence", "attribute", "state", "number", "action", "relation")
+    annotation_of = {row["id"]: row for row in annotations}
+    overall = []
+    dimensions = {
+        "existence": [],
+        "attribute": [],
+        "state": [],
+        "number": [],
+        "action": [],
+        "relation": [],
     }
     for row in responses:
-        if row["id"] not in known:
+        if row["id"] not in annotation_of:
             raise ValueError(
-                f"response with id {row['id']}: no annotation has this id; is it another version's annotations.json?"
+                f"response with id {row['id']}: there is no annotation with this id; "
+                "check that annotations.json is of the same version"
             )
-        kind = known[row["id"]]["type"]
+        annotation = annotation_of[row["id"]]
+        kind = annotation["type"]
         if kind not in AMBER_DIMENSIONS:
             raise ValueError(
-                f"response with id {row['id']}: its type is {kind!r}, not a yes/no question; see amber_generative"
+                f"response with id {row['id']}: its type is {kind!r}, not a yes/no question; "
+                "score it with amber_generative"
             )
-        for name in ["overall", *AMBER_DIMENSIONS[kind]]:
-            asked[name].append((row["response"], known[row["id"]]["truth"]))
-    scores = {
-        name: _amber_scores(name, pairs)
-        for name, pairs in asked.items()
-        if pairs or name == "overall"
-    }
-    return scores.pop("overall") | scores
+        pair = (row["response"], annotation["truth"])
+        overall.append(pair)
+        for name in AMBER_DIMENSIONS[kind]:
+            dimensions[name].append(pair)
+    scores = _amber_scores("overall", overall)
+    for name, pairs in dimensions.items():
+        if pairs:
+            scores[name] = _amber_scores(name, pairs)
+    return scores
 
 
 def _amber_scores(dimension, pairs):
-    """The four figures of `pairs`, (response, truth)."""
-    counters = (
-        3 if dimension == "attribute" else 1
-    )  # the script sums those of state, number and action
-    said, there = (
-        sum(response == "No" for response, _ in pairs),
-        sum(truth == "no" for _, truth in pairs),
-    )
-    found = sum(pair == ("No", "no") for pair in pairs)
-    accuracy = amber_percent(
-        found + sum(pair == ("Yes", "yes") for pair in pairs), len(pairs), counters
-    )
-    precision, recall = amber_percent(found, said, counters), amber_percent(found, there, counters)
-    p, r, epsilon = precision / 100, recall / 100, 0.001 if dimension == "existence" else 0.0001
+    """Return the four figures of the (response, truth) `pairs` of one dimension."""
+    # The script sums the counters of state, number and action, each of which starts at 0.001.
+    counters = 3 if dimension == "attribute" else 1
+    said_no = sum(response == "No" for response, _ in pairs)
+    is_no = sum(truth == "no" for _, truth in pairs)
+    right_no = pairs.count(("No", "no"))
+    right_yes = pairs.count(("Yes", "yes"))
+    accuracy = amber_percent(right_no + right_yes, len(pairs), counters)
+    precision = amber_percent(right_no, said_no, counters)
+    recall = amber_percent(right_no, is_no, counters)
+    # The script computes F1 from the rounded figures and adds ten times as much for existence.
+    p = precision / 100
+    r = recall / 100
+    epsilon = 0.001 if dimension == "existence" else 0.0001
     f1 = round(2 * p * r / (p + r + epsilon) * 100, 1)
     return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
 
 
 def amber_generative(nouns, annotations, associations, safe_words, similar=None):
-    """AMBER's descriptions: {"chair", "cover", "hal", "cog"} in percent, as the script prints them; arguments of `amber_counts`.
+    """Score AMBER's descriptions in percent, as the script prints them.
 
-    chair: wrong mentions of all mentions. cover: truth entries named, of all (one that stands twice can be named once).
-    hal: responses with a wrong mention. cog: hallu entries named, of all, as in the code (the paper divides by mentions).
+    Returns {"chair", "cover", "hal", "cog"}. Arguments as for `amber_counts`. chair is the share of
+    mentions that are wrong. cover is the share of truth entries that are named; of an entry that
+    is listed twice, only one can be. hal is the share of responses with a wrong mention. cog is
+    the share of hallu entries that are named: this is the code's definition, the paper divides by
+    mentions.
     """
     counts = amber_counts(nouns, annotations, associations, safe_words, similar)
-    sums = {name: values.sum(axis=0).tolist() for name, values in counts.items()}
-    scores = {name: amber_percent(*pair) for name, pair in sums.items()}
-    wrong, responses = sums["hal"]  # the script subtracts the responses without a mistake from 100
-    return scores | {"hal": round(100 - (responses - wrong) / (responses + 0.001) * 100, 1)}
+    scores = {}
+    for name, values in counts.items():
+        numerator, denominator = values.sum(axis=0).tolist()
+        scores[name] = amber_percent(numerator, denominator)
+    # The script subtracts the share of correct responses from 100, which can round differently.
+    wrong, responses = counts["hal"].sum(axis=0).tolist()
+    scores["hal"] = round(100 - (responses - wrong) / (responses + 0.001) * 100, 1)
+    return scores
 
 
 def amber_counts(nouns, annotations, associations, safe_words, similar=None):
-    """Per response, numerators and denominators of AMBER's chair, cover, hal and cog: {name: array (responses, 2)}.
+    """Count AMBER's chair, cover, hal and cog per response: {name: array (responses, 2)}.
 
-    `nouns`: per response its nouns in order, every occurrence; `annotations`: per response {"truth": [...], "hallu": [...]},
-    objects that are there and objects that invite a mistake; `associations`: {object: [words]} (relation.json), whose objects
-    and words are the vocabulary: other nouns do not count; `safe_words`: nouns that count but are never wrong;
-    `similar(noun, word)`: how alike they are, officially by spaCy's en_core_web_lg; without it only equal words match.
-    Raises ValueError for an object that `associations` lacks.
+    `nouns` holds the nouns of each response, every occurrence, in order. `annotations` holds for
+    each response {"truth", "hallu"}: lists of objects that are there and of objects that invite a
+    mistake. `associations` is {object: [words]}, from relation.json. Its objects and words are the
+    vocabulary. `safe_words` are never wrong. `similar(noun, word)` returns how alike two words are:
+    officially by spaCy's en_core_web_lg. Without it only equal words match. Raises ValueError for
+    an object that `associations` does not contain.
     """
-    vocabulary, rows = (
-        set(associations).union(*associations.values()),
-        {"chair": [], "cover": [], "hal": [], "cog": []},
-    )
-    close = (
-        (lambda noun, word: similar(noun, word) > 0.8) if similar else (lambda noun, word: False)
-    )
-    for said, row in zip(nouns, annotations, strict=True):
-        truth, habit = (_amber_words(row[key], associations) for key in ("truth", "hallu"))
-        kept, named, fell_for, wrong = (
-            [noun for noun in said if noun in vocabulary],
-            set(),
-            set(),
-            0,
-        )
-        for noun in kept:
+    vocabulary = set(associations).union(*associations.values())
+    chair = []
+    cover = []
+    hal = []
+    cog = []
+    for said, annotation in zip(nouns, annotations, strict=True):
+        truth = _amber_words(annotation["truth"], associations)
+        habit = _amber_words(annotation["hallu"], associations)
+        mentions = 0
+        wrong = 0
+        named = set()  # numbers of the truth entries that are credited
+        invented = set()  # numbers of the hallu entries that are marked
+        for noun in said:
+            if noun not in vocabulary:
+                continue
+            mentions += 1
+            # A safe word stays among the mentions, but is asked first: it credits nothing, even
+            # where it is in the truth.
             if noun in safe_words:
                 continue
-            entry = _first(noun, truth, eq)
+            entry = _first_equal(noun, truth)
+            if entry is not None:
+                named.add(entry)
+                continue
+            # An equal truth word ended the search. A similar one does not: the script marks hallu
+            # entries before it looks for one, both an equal and a similar entry.
+            invented.add(_first_equal(noun, habit))
+            invented.add(_first_similar(noun, habit, similar))
+            entry = _first_similar(noun, truth, similar)
             if entry is None:
-                fell_for |= {_first(noun, habit, eq), _first(noun, habit, close)}
-                entry = _first(noun, truth, close)
-            named.add(entry)
-            wrong += entry is None
-        rows["chair"].append((wrong, len(kept)))
-        rows["cover"].append((len(named - {None}), len(row["truth"])))
-        rows["hal"].append((wrong > 0, 1))
-        rows["cog"].append((len(fell_for - {None}), len(row["hallu"])))
-    return {name: np.array(values, dtype=float).reshape(-1, 2) for name, values in rows.items()}
+                wrong += 1
+            else:
+                named.add(entry)
+        invented.discard(None)
+        chair.append((wrong, mentions))
+        cover.append((len(named), len(annotation["truth"])))
+        hal.append((wrong > 0, 1))
+        cog.append((len(invented), len(annotation["hallu"])))
+    return {
+        "chair": _table(chair),
+        "cover": _table(cover),
+        "hal": _table(hal),
+        "cog": _table(cog),
+    }
 
 
 def _amber_words(objects, associations):
-    """What names each of `objects`, as (word, its number): first the words associated with any of them, then they themselves."""
-    if unknown := set(objects) - set(associations):
+    """Return the words that name each of `objects`, as a list of (word, number of the object)."""
+    unknown = sorted(set(objects) - set(associations))
+    if unknown:
         raise ValueError(
-            f"relation.json has no entry for {', '.join(sorted(unknown))}, which an annotation names"
+            f"relation.json has no entry for {', '.join(unknown)}, which an annotation names"
         )
-    numbered = list(enumerate(objects))
-    return [(word, number) for number, name in numbered for word in associations[name]] + [
-        (name, number) for number, name in numbered
-    ]
+    # The script looks through the associated words of all objects before the objects themselves,
+    # and the first hit counts: a word may be credited to an object that is merely associated.
+    associated = []
+    own = []
+    for number, name in enumerate(objects):
+        for word in associations[name]:
+            associated.append((word, number))
+        own.append((name, number))
+    return associated + own
 
 
-def _first(noun, words, alike):
-    """The number of the object whose word is the first that is `alike`, None if none is."""
-    return next((number for word, number in words if alike(noun, word)), None)
+def _first_equal(noun, words):
+    """Return the number of the object with the first equal word, None if there is none."""
+    for word, number in words:
+        if word == noun:
+            return number
+    return None
+
+
+def _first_similar(noun, words, similar):
+    """Return the number of the object with the first similar word, None if there is none."""
+    if similar is None:
+        return None
+    for word, number in words:
+        if similar(noun, word) > SIMILAR:
+            return number
+    return None

@@ -1,11 +1,12 @@
-"""Your own preference pairs: a folder of images with a `pairs.jsonl` or `pairs.csv` becomes a data set to train on.
+"""Turn a folder of images with a `pairs.jsonl` or `pairs.csv` into a data set to train on.
 
-python -m scripts.import_pairs FOLDER writes it to FOLDER/data as Parquet.
+`python -m scripts.import_pairs FOLDER` writes it to FOLDER/data as Parquet.
 """
 
 import csv
 import json
 from codecs import BOM_UTF8
+from collections import Counter
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
@@ -19,64 +20,75 @@ SHOWN = 20  # problems in one error message
 
 
 def load_folder(folder):
-    """The pairs of `folder` as a data set that `preferences.check` accepts; every image keeps the bytes it has on disk.
+    """Return the pairs of `folder` as a data set in which `preferences.check` finds nothing wrong.
 
-    `folder` holds `pairs.jsonl` (one JSON object a line) or `pairs.csv` (the first line names the columns), in UTF-8, with
-    image (a path inside `folder`), question, chosen and rejected; further columns are not taken over. All images are held in
-    memory. Raises FileNotFoundError unless there is exactly one of the two files, ValueError with the line of each problem.
+    `folder` holds either `pairs.jsonl`, with one JSON object per line, or `pairs.csv`, whose first
+    line names the columns. Both are UTF-8, with the columns image, a path inside `folder`,
+    question, chosen and rejected. Other columns are ignored. Every image keeps the bytes it has on
+    disk, and all of them are held in memory.
+
+    Raises FileNotFoundError unless there is exactly one of the two files, and ValueError with the
+    line of each problem.
     """
-    folder, problems = Path(folder), []
-    files = [folder / name for name in NAMES if (folder / name).is_file()]
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    if len(files) != 1:
-        advice = (
-            "write one, or let python -m scripts.make_pairs make it of pictures alone"
-            if not files
-            else "keep one"
-        )
-        raise FileNotFoundError(
-            f"{folder.name} holds {len(files)} of {' and '.join(NAMES)}: {advice}"
-        )
-    lines = utf8_lines(files[0].read_bytes(), problems)
-    rows = list((csv_rows if files[0].suffix == ".csv" else jsonl_rows)(lines, problems))
-    missing = [image_problem(folder, row["image"]) for _, row in rows]
-    images = [  # a name stands in for the bytes that are not there: two missing images are not the same image
-        {
-            "bytes": row["image"].encode() if wrong else (folder / row["image"]).read_bytes(),
-            "path": row["image"],
-        }
-        for (_, row), wrong in zip(rows, missing, strict=True)
-    ]
-    texts = {column: [row[column] for _, row in rows] for column in TEXT_COLUMNS}
-    dataset = Dataset.from_dict({"image": images} | texts, features=FEATURES)
-    for problem, number in [
-        (problem, number) for problem, numbers in check(dataset).items() for number in numbers
-    ]:
-        line, row = rows[number]
-        about_image = missing[number] or f"unreadable image {row['image']!r}"
-        problems.append((line, about_image if problem == "unreadable image" else problem))
+    folder = Path(folder)
+    file = pairs_file(folder)
+    problems = []  # (line number, what is wrong)
+    lines = utf8_lines(file.read_bytes(), problems)
+    read_rows = csv_rows if file.suffix == ".csv" else jsonl_rows
+    numbered = list(read_rows(lines, problems))
+    rows = [row for _, row in numbered]
+
+    images = []
+    lost = []
+    for row in rows:
+        problem = path_problem(folder, row["image"])
+        lost.append(problem)
+        if problem:
+            # Two missing images are not the same image: their names stand in for their bytes.
+            data = row["image"].encode()
+        else:
+            data = (folder / row["image"]).read_bytes()
+        images.append({"bytes": data, "path": row["image"]})
+    columns = {column: [row[column] for row in rows] for column in TEXT_COLUMNS}
+    dataset = Dataset.from_dict({"image": images, **columns}, features=FEATURES)
+
+    for problem, numbers in check(dataset).items():
+        for number in numbers:
+            line, row = numbered[number]
+            if problem == "unreadable image":
+                problems.append((line, lost[number] or f"unreadable image {row['image']!r}"))
+            else:
+                problems.append((line, problem))
     if problems or not rows:
-        listed = [f"line {line}: {problem}" for line, problem in sorted(problems)[:SHOWN]]
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise ValueError(
-            "\n".join(
-                [
-                    f"{files[0].name}: {len(rows)} pairs read, {len(problems)} problems",
-                    *listed,
-                    *more,
-                ]
-            )
-        )
+        report = [f"{file.name}: {len(rows)} pairs read, {len(problems)} problems"]
+        for line, problem in sorted(problems)[:SHOWN]:
+            report.append(f"line {line}: {problem}")
+        if len(problems) > SHOWN:
+            report.append(f"and {len(problems) - SHOWN} more")
+        raise ValueError("\n".join(report))
     return dataset
 
 
+def pairs_file(folder):
+    """Return the path of the one file of pairs in `folder`."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    files = [folder / name for name in NAMES if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"{folder.name} holds neither {' nor '.join(NAMES)}: write one, or let "
+            "python -m scripts.make_pairs create it from the images"
+        )
+    if len(files) > 1:
+        raise FileNotFoundError(f"{folder.name} holds both {' and '.join(NAMES)}: keep one")
+    return files[0]
+
+
 def utf8_lines(data, problems):
-    """The lines of `data`; one that is not UTF-8 is added to `problems` and left empty."""
+    """Return the lines of `data`; one that is not UTF-8 is added to `problems` and left empty."""
     lines = []
-    for number, line in enumerate(
-        data.removeprefix(BOM_UTF8).split(b"\n"), start=1
-    ):  # not splitlines: a text may hold a \r
+    # `splitlines` would also cut at a \r, which a text may contain.
+    for number, line in enumerate(data.removeprefix(BOM_UTF8).split(b"\n"), start=1):
         try:
             lines.append(line.decode())
         except UnicodeDecodeError:
@@ -86,7 +98,10 @@ def utf8_lines(data, problems):
 
 
 def jsonl_rows(lines, problems):
-    """(line number, row) of every line that holds a complete row; the others are added to `problems`, empty lines are not."""
+    """Yield (line number, row) for every line that holds a complete row.
+
+    Other lines are added to `problems`, except empty ones.
+    """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -95,100 +110,111 @@ def jsonl_rows(lines, problems):
         except json.JSONDecodeError as error:
             problems.append((number, f"not JSON: {error.msg}, at character {error.pos + 1}"))
             continue
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a name twice, a number of thousands of digits, brackets without end
+        except (ValueError, RecursionError) as error:
+            # A name that comes twice, a number of thousands of digits, brackets without end.
             problems.append((number, f"not a row: {str(error)[:100]}"))
             continue
-        if not isinstance(row, dict):
-            problems.append(
-                (
-                    number,
-                    f'not a JSON object: write {{"image": …, "question": …}}, not {line.strip()[:30]}',
-                )
-            )
-        elif missing := [column for column in REQUIRED_COLUMNS if column not in row]:
-            problems.append((number, f"no {', '.join(missing)}; it has {', '.join(row)}"))
-        elif other := [column for column in REQUIRED_COLUMNS if not isinstance(row[column], str)]:
-            problems.append((number, f"{', '.join(other)} must be text in quotes"))
-        elif half := [column for column in REQUIRED_COLUMNS if not whole_characters(row[column])]:
-            problems.append(
-                (
-                    number,
-                    f"{', '.join(half)} holds half a character (\\ud800 to \\udfff without the other half)",
-                )
-            )
+        problem = row_problem(row, line)
+        if problem:
+            problems.append((number, problem))
         else:
             yield number, row
 
 
+def row_problem(row, line):
+    """Return what is wrong with a row that was read from a line of JSON, or None."""
+    if not isinstance(row, dict):
+        start = line.strip()[:30]
+        return f'not a JSON object: write {{"image": …, "question": …}}, not {start}'
+    missing = [column for column in REQUIRED_COLUMNS if column not in row]
+    if missing:
+        return f"no {', '.join(missing)}; it has {', '.join(row)}"
+    other = [column for column in REQUIRED_COLUMNS if not isinstance(row[column], str)]
+    if other:
+        return f"{', '.join(other)} must be text in quotes"
+    half = [column for column in REQUIRED_COLUMNS if has_half_character(row[column])]
+    if half:
+        return f"half a character in {', '.join(half)}: \\ud800 to \\udfff come in pairs"
+    return None
+
+
 def each_name_once(pairs):
-    """A JSON object as a dict. ValueError where it would lose a value: a name that comes twice."""
-    if twice := sorted(
-        {name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1}
-    ):
-        raise ValueError(f"{', '.join(twice)} more than once")
+    """Return a JSON object as a dict. Raise ValueError if a name comes twice: one would be lost."""
+    counts = Counter(name for name, _ in pairs)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} more than once")
     return dict(pairs)
 
 
-def whole_characters(text):
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def has_half_character(text):
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def csv_rows(lines, problems):
-    """As `jsonl_rows`, for CSV. The number is that of a row's first line; a quoted answer may go on over several."""
-    reader, end = csv.reader((line + "\n" for line in lines), strict=True), 1
+    """Yield (line number, row) for every complete row of a CSV file; others go to `problems`.
+
+    The number is that of the row's first line. A quoted answer may run over several lines.
+    """
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    end = 1
     try:
         header = next(reader)
-        if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
-            problems.append(
-                (1, f"no column {', '.join(missing)}; it has {', '.join(header) or 'none'}")
-            )
+        missing = [column for column in REQUIRED_COLUMNS if column not in header]
+        if missing:
+            there = ", ".join(header) or "none"
+            problems.append((1, f"no column {', '.join(missing)}; it has {there}"))
             return
-        if twice := [column for column in REQUIRED_COLUMNS if header.count(column) > 1]:
-            problems.append((1, f"column {', '.join(twice)} more than once"))
+        repeated = [column for column in REQUIRED_COLUMNS if header.count(column) > 1]
+        if repeated:
+            problems.append((1, f"column {', '.join(repeated)} more than once"))
             return
         end = reader.line_num
         for values in reader:
-            start, end = end + 1, reader.line_num
+            start = end + 1
+            end = reader.line_num
             if len(values) == len(header):
                 yield start, dict(zip(header, values, strict=True))
             elif values:
-                problems.append(
-                    (
-                        start,
-                        f"{len(values)} values for {len(header)} columns: put a text with a comma in double quotes",
-                    )
-                )
+                counts = f"{len(values)} values for {len(header)} columns"
+                problems.append((start, f"{counts}: put a text with a comma in double quotes"))
     except csv.Error as error:
         problems.append((end + 1, f"not CSV: {error}"))
 
 
-def image_problem(folder, name):
-    """What is wrong with the path `name`, or None."""
+def path_problem(folder, name):
+    """Return what is wrong with the path `name` of an image in `folder`, or None."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             return f"image {name!r} is not inside the folder"
-        return None if path.is_file() else f"no image {name!r} in the folder"
-    except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL
+        if not path.is_file():
+            return f"no image {name!r} in the folder"
+    except (OSError, ValueError):
+        # No file can have such a name: it is too long or contains a NUL.
         return f"no image {name[:80]!r} in the folder"
+    return None
 
 
 def held_out(dataset):
-    """(Rows to train on, rows held out): those of every tenth image, one at least, so that no image is in both.
+    """Return (rows to train on, rows held out).
 
-    ValueError where all rows are about one image: nothing would be left to look at that was not trained on.
+    The rows of every tenth image are held out, at least those of one, so no image is in both
+    parts. Raises ValueError when all rows are about one image, since nothing would be left to
+    evaluate that was not trained on.
     """
     names = [digest(data) for data in image_bytes(dataset)]
     images = sorted(set(names))
     if len(images) < 2:
         raise ValueError(
-            "all pairs are about one image: give pairs about two at least, one of them to hold out"
+            "all pairs are about one image: give pairs about at least two, one of them to hold out"
         )
-    test = set(images[: max(1, len(images) // 10)])
-    return tuple(
-        dataset.select([number for number, name in enumerate(names) if (name in test) == held])
-        for held in (False, True)
-    )
+    test_images = set(images[: max(1, len(images) // 10)])
+    train = []
+    test = []
+    for number, name in enumerate(names):
+        if name in test_images:
+            test.append(number)
+        else:
+            train.append(number)
+    return dataset.select(train), dataset.select(test)

@@ -1,4 +1,7 @@
-"""What a DPO step needs in memory, by formula before it runs, and what it did need. Everything in bytes; 1 GB is 10⁹ of them."""
+"""Estimate the memory of a DPO step before it runs, and measure it in one that does.
+
+Everything is in bytes. One GB is 10⁹ bytes.
+"""
 
 import json
 import math
@@ -17,76 +20,103 @@ from utils.pixel_budget import seen, square_side
 from utils.settings import EMBEDDED_MODEL, ROOT
 
 PRECISIONS = ("fp32", "bf16", "nf4")
-LOGIT_TILE = (
-    4096,
-    32768,
-)  # positions × vocabulary that TRL scores at a time: trl/kernels/chunked_logprob.py, trl/trainer/utils.py
+# Positions × vocabulary that TRL scores at a time: TOKEN_CHUNK_SIZE in
+# trl/kernels/chunked_logprob.py and _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py.
+LOGIT_TILE = (4096, 32768)
+
+
+def readable(count):
+    """Return `count` bytes in words, in units of 1000: "6.4 GB", "115.6 MB", "26.1 kB" or "0"."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    if count >= 1e6:
+        return f"{count / 1e6:.1f} MB"
+    if count >= 1:
+        return f"{count / 1e3:.1f} kB"
+    return "0"
 
 
 @cache
 def architecture(name):
-    """A profile's `model` without its weights: parameters have a shape but no memory (torch's "meta" device). Built from
-    `name`/config.json where that is here, else from configs/; ValueError that names those there are for any other name."""
-    local = ROOT / name / "config.json"
-    path = local if local.exists() else ROOT / "configs" / f"{name.split('/')[-1].lower()}.json"
+    """Build the model `name` without memory for its weights, on torch's "meta" device.
+
+    Its configuration is `name`/config.json inside the repository, otherwise a file in configs/.
+    Raise ValueError with the available names if there is neither.
+    """
+    path = ROOT / name / "config.json"
     if not path.exists():
-        there = ", ".join(
-            [EMBEDDED_MODEL, *sorted(path.stem for path in path.parent.glob("*.json"))]
-        )
+        path = ROOT / "configs" / f"{name.split('/')[-1].lower()}.json"
+    if not path.exists():
+        available = [EMBEDDED_MODEL]
+        available += sorted(file.stem for file in path.parent.glob("*.json"))
         raise ValueError(
-            f"no config of {name!r}: put its config.json at configs/{path.name}; there are {there}"
+            f"no configuration of {name!r}: save its config.json as configs/{path.name}; "
+            f"available: {', '.join(available)}"
         )
+    config = AutoConfig.for_model(**json.loads(path.read_text()))
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model(**json.loads(path.read_text()))
-        )
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def placement(settings):
-    """One dict per parameter of the profile's model, tied ones once: `name`, `part`, `weights` (how many), `four_bit` (whether it
-    is loaded so) and `adapter` (how many weights LoRA puts beside it: rank · (in + out), Hu et al. 2021, section 4.1)."""
-    model, rows = architecture(settings.model), []
+    """Return a dict for every parameter of the profile's model, tied ones once.
+
+    `name`, `part`, `weights`: how many there are, `four_bit`: whether it is loaded in 4 bits,
+    `adapter`: how many weights LoRA adds beside it, which is rank · (in + out) by Hu et al. 2021,
+    section 4.1.
+    """
+    model = architecture(settings.model)
+    rows = []
     for name, parameter in model.named_parameters():
         layer = name.removesuffix(".weight")
-        matrix = layer != name and isinstance(model.get_submodule(layer), torch.nn.Linear)
-        adapted = (
-            part_of(name) != "head"
-            if settings.lora_target == "all-linear"
-            else re.fullmatch(settings.lora_target, layer)
-        )
-        four_bit = (
-            matrix
-            and settings.four_bit
-            and should_convert_module(layer, list(settings.keep_in_full_precision))
-        )
-        adapter = settings.lora_rank * sum(parameter.shape) if matrix and adapted else 0
-        rows.append(
-            {
-                "name": name,
-                "part": part_of(name),
-                "weights": parameter.numel(),
-                "four_bit": four_bit,
-                "adapter": adapter,
-            }
-        )
+        part = part_of(name)
+        is_matrix = layer != name and isinstance(model.get_submodule(layer), torch.nn.Linear)
+
+        if settings.lora_target == "all-linear":
+            is_adapted = part != "head"
+        else:
+            is_adapted = re.fullmatch(settings.lora_target, layer) is not None
+        adapter = 0
+        if is_matrix and is_adapted:
+            adapter = settings.lora_rank * sum(parameter.shape)
+
+        four_bit = False
+        if is_matrix and settings.four_bit:
+            four_bit = should_convert_module(layer, list(settings.keep_in_full_precision))
+        row = {
+            "name": name,
+            "part": part,
+            "weights": parameter.numel(),
+            "four_bit": four_bit,
+            "adapter": adapter,
+        }
+        rows.append(row)
     return rows
 
 
 def nf4_bytes(weights, double_quantization=True):
-    """Bytes of one matrix of `weights` numbers in nf4 (Dettmers et al. 2023, QLoRA, section 3), as bitsandbytes keeps it.
+    """Return the bytes of a matrix of `weights` numbers in nf4, as bitsandbytes stores it.
 
-    Half a byte a weight and 4 bytes for the scale of every 64; or, with double quantization, 1 byte, and then 4 for every 256
-    scales and for their mean; and the tables of a weight's 16 levels and a scale's 256.
+    After QLoRA (Dettmers et al. 2023), section 3: half a byte per weight, and a scale for each
+    block of 64 weights.
     """
     blocks = math.ceil(weights / 64)
-    scales = (
-        blocks + 4 * math.ceil(blocks / 256) + 4 + 4 * 256 if double_quantization else 4 * blocks
-    )
-    return math.ceil(weights / 2) + scales + 4 * 16
+    if double_quantization:
+        # A scale takes 1 byte. In 4 bytes each: a second scale for 256 of them, their mean, and
+        # the table of their 256 levels.
+        scales = blocks + 4 * math.ceil(blocks / 256) + 4 + 4 * 256
+    else:
+        scales = 4 * blocks
+    table_of_levels = 4 * 16
+    return math.ceil(weights / 2) + scales + table_of_levels
 
 
 def training_states(weights, trainable, state_bytes=4, reference=0):
-    """What does not depend on the batch: `weights` and `reference` (bytes, as given), the gradients, and AdamW's two moments."""
+    """Return the bytes that do not depend on the batch: {component: bytes}.
+
+    `weights` and `reference` are bytes and returned as given. `trainable` is a number of weights.
+    Each has a gradient and AdamW's two moments, of `state_bytes` each.
+    """
     return {
         "weights": weights,
         "reference": reference,
@@ -96,22 +126,28 @@ def training_states(weights, trainable, state_bytes=4, reference=0):
 
 
 def image_side(settings):
-    """Edge in pixels of a square image as large as the profile's pixel budget."""
+    """Return the edge in pixels of a square image as large as the profile's pixel budget."""
     return square_side(settings.pixel_budget)
 
 
 def image_tokens(settings, side=None):
-    """How many tokens a square image becomes that fills a budget of `side` × `side` pixels, by default the profile's, without the
-    few that mark its tiles."""
-    return seen(architecture(settings.model).config, side**2 if side else settings.pixel_budget)[0]
+    """Return how many tokens a square image takes, without the few that mark its tiles.
+
+    It fills a budget of `side` × `side` pixels, or the profile's budget without `side`.
+    """
+    budget = settings.pixel_budget if side is None else side**2
+    tokens, _ = seen(architecture(settings.model).config, budget)
+    return tokens
 
 
 def layer_bytes(text, rows, tokens, rank, compute_bytes):
-    """What one layer of the language model keeps from the forward for the backward pass, {what: bytes}.
+    """Return what one layer of the language model keeps for the backward pass: {what: bytes}.
 
-    For `rows` sequences of `tokens` tokens and the model's text_config. After Korthikanti et al. 2022, section 4.1, changed for
-    RMSNorm, a gated MLP, sdpa (no attention matrix, but keys and values repeated for each head, because rows are padded) and
-    frozen weights (the input of a matrix is kept for the adapter beside it).
+    The batch has `rows` sequences of `tokens` tokens. `text` is the model's text_config, `rank`
+    the adapter's, and a number takes `compute_bytes`. After Korthikanti et al. 2022, section 4.1,
+    changed for RMSNorm, a gated MLP, sdpa and frozen weights. sdpa keeps no attention matrix, but
+    keys and values repeated for each head, because rows are padded. The input of a frozen matrix
+    is kept for the adapter beside it.
     """
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = {
@@ -126,85 +162,104 @@ def layer_bytes(text, rows, tokens, rank, compute_bytes):
 
 
 def kept_bytes(text, rows, tokens, rank, compute_bytes, checkpointing):
-    """What the forward pass keeps for the backward pass: each layer's `layer_bytes`, or with checkpointing only its input, and
-    the inputs of the last norm and the head. Vision tower and connector learn nothing; it is assumed that they keep nothing."""
-    one = compute_bytes * rows * tokens * text.hidden_size
-    layer = (
-        one if checkpointing else sum(layer_bytes(text, rows, tokens, rank, compute_bytes).values())
-    )
-    return text.num_hidden_layers * layer + 4 * rows * tokens * (text.hidden_size + 1) + one
+    """Return the bytes that the forward pass keeps for the backward pass.
+
+    Each layer keeps its `layer_bytes`, or with checkpointing only its input. The last norm and
+    the head keep their inputs. Vision tower and connector are not trained and are assumed to keep
+    nothing. For the arguments see `layer_bytes`.
+    """
+    hidden_states = compute_bytes * rows * tokens * text.hidden_size
+    if checkpointing:
+        layer = hidden_states
+    else:
+        layer = sum(layer_bytes(text, rows, tokens, rank, compute_bytes).values())
+    input_of_norm = 4 * rows * tokens * (text.hidden_size + 1)  # float32
+    input_of_head = hidden_states
+    return text.num_hidden_layers * layer + input_of_norm + input_of_head
 
 
 def estimate(settings, text_tokens=256, precision=None, side=None, gpu=True):
-    """Bytes at the peak of a step of TRL's trainer by component, for the profile's adapter, batch and checkpointing.
+    """Return the bytes at the peak of a step of TRL's trainer: {component: bytes}.
 
-    `text_tokens`: question, answer and template of the longest row. `precision`: one of PRECISIONS, by default the profile's.
-    Adapter, gradients and AdamW are float32. A GPU computes the rest in 16 bit (autocast adds a 16-bit adapter), and TRL scores
-    only answers there, at most all text; a CPU computes in float32 and scores every position. Not counted: the CUDA context, the
-    batch, and what single operations need while they run. The shared prefix needs less. Raises ValueError for an unknown precision.
+    For the profile's adapter, batch and checkpointing. `text_tokens`: question, answer and
+    template of the longest row. `precision`: one of PRECISIONS, by default the profile's. `side`:
+    see `image_tokens`. Not counted are the CUDA context, the batch, and what single operations
+    need while they run. The trainer with a shared prefix needs less. Raise ValueError for an
+    unknown precision and for fewer than one text token.
     """
-    precision = precision or ("nf4" if settings.four_bit else "bf16")
-    if precision not in PRECISIONS or text_tokens < 1:
-        raise ValueError(
-            f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}, text_tokens ({text_tokens}) at least 1"
-        )
-    parameters, compute_bytes = placement(settings), 2 if gpu and precision != "fp32" else 4
-    rows, tokens = (
-        2 * settings.batch_size,
-        image_tokens(settings, side) + text_tokens,
-    )  # a pair is two rows: chosen, rejected
-    sizes = [
-        nf4_bytes(p["weights"])
-        if p["four_bit"] and precision == "nf4"
-        else compute_bytes * p["weights"]
-        for p in parameters
-    ]
-    trainable = sum(p["adapter"] for p in parameters)
-    batch = (
-        architecture(settings.model).config.get_text_config(),
-        rows,
-        tokens,
-        settings.lora_rank,
-        compute_bytes,
-    )
-    recomputed = (
-        sum(layer_bytes(*batch).values()) if settings.gradient_checkpointing else 0
-    )  # one layer at a time
-    return training_states(sum(sizes), trainable) | {
-        "adapter": trainable * (4 if compute_bytes == 4 else 6),
-        "activations": kept_bytes(*batch, settings.gradient_checkpointing) + recomputed,
-        "logits": min(rows * (text_tokens if gpu else tokens - 1), LOGIT_TILE[0])
-        * LOGIT_TILE[1]
-        * compute_bytes,
-    }
+    if precision is None:
+        precision = "nf4" if settings.four_bit else "bf16"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if text_tokens < 1:
+        raise ValueError(f"text_tokens is {text_tokens}: a row has at least 1")
+    # A GPU computes in 16 bits, a CPU in 32. Adapter, gradients and AdamW are always float32.
+    compute_bytes = 2 if gpu and precision != "fp32" else 4
+
+    weights = 0
+    trainable = 0
+    for row in placement(settings):
+        trainable += row["adapter"]
+        if row["four_bit"] and precision == "nf4":
+            weights += nf4_bytes(row["weights"])
+        else:
+            weights += compute_bytes * row["weights"]
+    components = training_states(weights, trainable)
+    # Autocast adds a 16-bit copy of the adapter.
+    components["adapter"] = trainable * (6 if compute_bytes == 2 else 4)
+
+    rows = 2 * settings.batch_size  # a pair is two rows: chosen and rejected
+    tokens = image_tokens(settings, side) + text_tokens
+    text = architecture(settings.model).config.get_text_config()
+    checkpointing = settings.gradient_checkpointing
+    batch = (text, rows, tokens, settings.lora_rank, compute_bytes)
+    components["activations"] = kept_bytes(*batch, checkpointing)
+    if checkpointing:
+        # The backward pass computes one layer at a time again.
+        components["activations"] += sum(layer_bytes(*batch).values())
+
+    # On a GPU TRL scores only the answers, at most all text; on a CPU every position.
+    positions = rows * (text_tokens if gpu else tokens - 1)
+    tile_positions, tile_words = LOGIT_TILE
+    components["logits"] = min(positions, tile_positions) * tile_words * compute_bytes
+    return components
 
 
 def held(tensors):
-    """Bytes of the memory behind `tensors`; memory that several share counts once."""
-    return sum(
-        {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in tensors
-        }.values()
-    )
+    """Return the bytes of the memory behind `tensors`. Memory that several share counts once."""
+    sizes = {}
+    for tensor in tensors:
+        memory = tensor.untyped_storage()
+        sizes[memory.data_ptr()] = memory.nbytes()
+    return sum(sizes.values())
 
 
 def frozen_tensors(model):
-    """Every frozen parameter of `model`, and of those in 4 bit the scales and tables too."""
-    for parameter in (parameter for parameter in model.parameters() if not parameter.requires_grad):
+    """Yield every frozen parameter of `model`, and the scales and tables of those in 4 bits."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
         yield parameter
         state = getattr(parameter, "quant_state", None)
         while state:
-            yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
-            state = state.state2
+            for value in vars(state).values():
+                if isinstance(value, torch.Tensor):
+                    yield value
+            state = state.state2  # double quantization: the scales have a state of their own
 
 
 class Allocations(TorchDispatchMode):
-    """While entered, counts the memory of `tensors` and of all that operations make: its `peak`, and the largest `tile` of logits."""
+    """Count the memory of `tensors` and, while entered, of all that operations make.
+
+    `now` and `peak` are bytes, `tile` the bytes of the largest tile of logits.
+    """
 
     def __init__(self, tensors):
         super().__init__()
-        self.now, self.peak, self.tile, self.alive = 0, 0, 0, {}
+        self.now = 0
+        self.peak = 0
+        self.tile = 0
+        self.alive = {}  # {address: bytes}
         self.count(tensors)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -213,63 +268,69 @@ class Allocations(TorchDispatchMode):
         return result
 
     def count(self, tensors):
-        for tensor, memory in ((tensor, tensor.untyped_storage()) for tensor in tensors):
-            if memory.nbytes() and memory.data_ptr() not in self.alive:
-                self.alive[memory.data_ptr()] = memory.nbytes()
-                weakref.finalize(memory, self.free, memory.data_ptr())
-                self.now += memory.nbytes()
-                self.peak = max(self.peak, self.now)
-                self.tile = max(self.tile, memory.nbytes() * (tensor.shape[1:] == LOGIT_TILE[1:]))
+        for tensor in tensors:
+            memory = tensor.untyped_storage()
+            pointer = memory.data_ptr()
+            size = memory.nbytes()
+            if size == 0 or pointer in self.alive:
+                continue
+            self.alive[pointer] = size
+            weakref.finalize(memory, self.free, pointer)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            if tensor.shape[1:] == LOGIT_TILE[1:]:
+                self.tile = max(self.tile, size)
 
     def free(self, pointer):
         self.now -= self.alive.pop(pointer)
 
 
 def measure(trainer):
-    """Bytes by component in the one step that `trainer` (made with max_steps=1) trains here, and the `peak` of all tensors.
-    Activations are what autograd saves in the forward pass, without the parameters, which it saves as well."""
-    learned, frozen = (
-        [p for p in trainer.model.parameters() if p.requires_grad],
-        [*frozen_tensors(trainer.model)],
-    )
-    saved, gradients, allocations, compute_loss = (
-        [],
-        {},
-        Allocations(frozen + learned),
-        trainer.compute_loss,
-    )
+    """Train one step and return what it needed: {component: bytes}, and the `peak` of all tensors.
+
+    `trainer` must be made with max_steps=1. Activations are what autograd saves in the forward
+    pass, without the parameters, which it saves as well.
+    """
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    frozen = list(frozen_tensors(trainer.model))
+    parameters = frozen + trained
+    allocations = Allocations(parameters)
+    compute_loss = trainer.compute_loss
+    activations = 0
+    gradients = {}
 
     def watched_loss(*args, **kwargs):
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: saved.append(tensor.detach()) or tensor, lambda tensor: tensor
-        ):
+        nonlocal activations
+        saved = []
+
+        def save(tensor):
+            saved.append(tensor.detach())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             loss = compute_loss(*args, **kwargs)
-        saved[:] = [
-            held(saved + frozen + learned) - held(frozen + learned)
-        ]  # and lets go of the tensors
+        activations = held(saved + parameters) - held(parameters)
+        saved.clear()  # else it would keep them in memory during the backward pass
         return loss
 
-    for parameter in learned:
-        parameter.register_post_accumulate_grad_hook(
-            lambda parameter: gradients.update({parameter: parameter.grad.nbytes})
-        )
+    def count_gradient(parameter):
+        gradients[parameter] = parameter.grad.nbytes
+
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(count_gradient)
     trainer.compute_loss = watched_loss
     with allocations:
         trainer.train()
-    states = held(
-        value
-        for state in trainer.optimizer.state.values()
-        for value in state.values()
-        if torch.is_tensor(value)
-    )
-    measured = {
+
+    states = []
+    for state in trainer.optimizer.state.values():
+        states += [value for value in state.values() if torch.is_tensor(value)]
+    return {
         "weights": held(frozen),
-        "adapter": held(learned),
+        "adapter": held(trained),
         "gradients": sum(gradients.values()),
-        "optimizer": states,
-    }
-    return measured | {
-        "activations": saved[0],
+        "optimizer": held(states),
+        "activations": activations,
         "logits": allocations.tile,
         "peak": allocations.peak,
     }

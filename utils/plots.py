@@ -1,6 +1,8 @@
-"""The figures, in one style: Okabe–Ito colours, which colour-blind readers can tell apart, on a white card for light and dark pages.
+"""Draw the figures, in one style.
 
-Every function returns its figure; as the last line of a cell it is shown there, once.
+The colors are Okabe and Ito's, which color-blind readers can tell apart. Figures have a white card,
+so that they can be read on light and dark pages. Every function returns its figure; as the last
+line of a cell it is shown there, once.
 """
 
 import base64
@@ -16,7 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-BLUE, GREEN, VERMILION, GREY = "#0072B2", "#009E73", "#D55E00", "#6B6B6B"
+BLUE = "#0072B2"
+GREEN = "#009E73"
+VERMILION = "#D55E00"
+GREY = "#6B6B6B"
 STYLE = {
     "figure.dpi": 100,
     "axes.spines.top": False,
@@ -28,266 +33,395 @@ STYLE = {
     "text.parse_math": False,  # a $ in a model's name begins no formula
     "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, GREY]),
 }
-LOWER, HIGHER, NEITHER = "← lower is better", "→ higher is better", "neither direction is better"
-SIDES = ["logps/chosen", "logps/rejected"]
-METRICS = {  # metric of evaluation.json → its name, of what it is a share, and which direction is better
-    "chair_i": ("CHAIR-i", "named objects that are not there", LOWER),
-    "chair_s": ("CHAIR-s", "answers with such an object", LOWER),
-    "cog": ("Cog", "habitual objects named though absent", LOWER),
-    "claim_precision": ("Claim precision", "claims that are right", HIGHER),
-    "recall": ("Recall", "objects there that are named", HIGHER),
-    "pope_accuracy": ("POPE accuracy", "yes/no questions answered right", HIGHER),
-    "pope_f1": ("POPE F1", "precision and recall of “yes”", HIGHER),
-    "pope_yes_ratio": ("POPE yes ratio", "questions answered “yes”", NEITHER),
+# Which direction of a metric is better, as evaluation.METRICS says it → the heading of its group.
+HEADINGS = {
+    "lower": "← lower is better",
+    "higher": "→ higher is better",
+    "": "neither direction is better",
 }
+DEVICES = {"T4": 15e9, "24 GB": 24e9, "80 GB": 80e9}  # bytes; a Colab T4 has about 15 GB to give
 
 
-class SmallPictures(FigureCanvasAgg):
-    """Writes PNG in the 64 colours that cover the picture best: a third of the size, and no difference to see."""
+class SmallPNG(FigureCanvasAgg):
+    """Write PNG in the 64 colors that cover the figure best, at a third of the usual size."""
 
     def print_png(self, filename_or_obj, **options):
         self.draw()
-        picture = Image.frombuffer("RGBA", self.get_width_height(), self.buffer_rgba()).convert(
-            "RGB"
-        )
-        picture.quantize(64, Image.Quantize.MAXCOVERAGE).save(filename_or_obj, "png")
+        image = Image.frombuffer("RGBA", self.get_width_height(), self.buffer_rgba())
+        small = image.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+        small.save(filename_or_obj, "png")
 
 
 def new_figure(columns=1, height=3.0, rows=1):
-    """A figure of `height` inches in the common style, and its Axes (an array of them if there are several)."""
+    """Return a figure of `height` inches in the common style, and its Axes.
+
+    The Axes are an array if there are several.
+    """
+    width = 6 if columns == 1 else 9.6
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(6 if columns == 1 else 9.6, height), layout="constrained"
-        )
-    plt.close(
-        figure
-    )  # pyplot forgets it, or the notebook would show it a second time at the end of the cell
-    SmallPictures(figure)
-    figure._repr_html_ = functools.partial(
-        figure_html, figure
-    )  # Jupyter's own <img> of a figure has no alternative text
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    # pyplot forgets the figure, or the notebook would show it a second time below the cell.
+    plt.close(figure)
+    SmallPNG(figure)
+    # Jupyter's own <img> of a figure has no alternative text.
+    figure._repr_html_ = functools.partial(figure_html, figure)
     return figure, axes
 
 
 def figure_html(figure, alt=None):
-    """`figure` as an <img>. Its alternative text, where none is given, is what stands in the figure in words."""
+    """Return `figure` as an <img> with the alternative text `alt`, by default its own words."""
     if alt is None:
-        texts = dict.fromkeys(" ".join(text.get_text().split()) for text in figure.findobj(Text))
-        alt = "; ".join(["Figure", *(text for text in texts if re.search(r"[^\W\d]", text))])
+        words = ["Figure"]
+        for text in figure.findobj(Text):
+            line = " ".join(text.get_text().split())
+            has_letter = re.search(r"[^\W\d]", line)
+            if has_letter and line not in words:
+                words.append(line)
+        alt = "; ".join(words)
     file = io.BytesIO()
     figure.savefig(file, format="png", bbox_inches="tight")
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(alt, quote=True)}" style="max-width:100%" src="data:image/png;base64,{data}">'
+    return (
+        f'<img alt="{escape(alt, quote=True)}" style="max-width:100%" '
+        f'src="data:image/png;base64,{data}">'
+    )
+
+
+# The data set
 
 
 def length_histogram(chosen, rejected):
-    """Words per answer and their mean, for two sequences of strings, `chosen` and `rejected`. ValueError if one is empty."""
-    if not len(chosen) or not len(rejected):
+    """Draw how many words the answers have, and their mean.
+
+    `chosen`, `rejected`: sequences of strings. Raises ValueError if one is empty.
+    """
+    if len(chosen) == 0 or len(rejected) == 0:
         raise ValueError(
-            f"{len(chosen)} chosen and {len(rejected)} rejected answers: a histogram needs some of both"
+            f"there are {len(chosen)} chosen and {len(rejected)} rejected answers: "
+            "a histogram needs some of both"
         )
-    figure, axes = new_figure()
-    lengths = [[len(text.split()) for text in answers] for answers in (chosen, rejected)]
-    longest = max(map(max, lengths))
-    width = math.ceil(
-        (longest + 1) / 30
-    )  # whole words: bins of 1.3 words would hold one length or two, and look jagged
+    chosen_lengths = [len(text.split()) for text in chosen]
+    rejected_lengths = [len(text.split()) for text in rejected]
+    longest = max(chosen_lengths + rejected_lengths)
+    # Whole words: bins 1.3 words wide would hold one length or two, and look jagged.
+    width = math.ceil((longest + 1) / 30)
     edges = [edge - 0.5 for edge in range(0, longest + 1 + width, width)]
-    for values, name, colour, line in zip(
-        lengths, ("chosen", "rejected"), (GREEN, VERMILION), ("-", "--"), strict=True
+
+    figure, axes = new_figure()
+    for name, lengths, color, line in (
+        ("chosen", chosen_lengths, GREEN, "-"),
+        ("rejected", rejected_lengths, VERMILION, "--"),
     ):
-        mean = sum(values) / len(values)
         axes.hist(
-            values,
+            lengths,
             edges,
             histtype="stepfilled",
-            facecolor=(colour, 0.35),
-            edgecolor=colour,
+            facecolor=(color, 0.35),
+            edgecolor=color,
             linestyle=line,
         )
-        axes.axvline(mean, color=colour, linestyle=line, label=f"{name}, mean {mean:.1f}")
+        mean = sum(lengths) / len(lengths)
+        axes.axvline(mean, color=color, linestyle=line, label=f"{name}, mean {mean:.1f}")
     axes.set(xlabel="words per answer", ylabel="answers")
     axes.legend(frameon=False)
     return figure
 
 
 def scatter_sizes(sizes):
-    """`sizes` of images, [(width, height), …] in pixels; a dot's area grows with its number of images. ValueError if empty."""
+    """Draw the `sizes` of images, [(width, height), …] in pixels.
+
+    The area of a dot grows with its number of images. Raises ValueError if `sizes` is empty.
+    """
     counts = collections.Counter(tuple(size) for size in sizes)
     if not counts:
-        raise ValueError("no image size to plot: sizes is empty")
-    figure, axes = new_figure(height=3.6)
-    widths, heights = zip(*counts, strict=True)
+        raise ValueError("sizes is empty, so there is no image size to plot")
+    widths = [width for width, height in counts]
+    heights = [height for width, height in counts]
     areas = [15 + 250 * count / counts.total() for count in counts.values()]
+    figure, axes = new_figure(height=3.6)
     axes.scatter(widths, heights, areas, color=(BLUE, 0.4), edgecolor=BLUE)
     axes.set(
+        title=f"number of images: {counts.total():,}, of different sizes: {len(counts):,}",
         xlabel="width (pixels)",
         ylabel="height (pixels)",
         xlim=(0, 1.1 * max(widths)),
         ylim=(0, 1.1 * max(heights)),
     )
-    axes.set(title=f"number of images: {counts.total():,}, of different sizes: {len(counts):,}")
     return figure
+
+
+# Training
 
 
 def training_curves(log):
-    """Loss, reward accuracy, reward margin and log-probabilities by step, from `log` = trainer.state.log_history.
+    """Draw loss, reward accuracy, reward margin and log-probabilities by step.
 
-    Lines are training, dots are evaluation; a panel without values says so.
+    `log`: trainer.state.log_history. Lines are training, dots are held-out pairs. A panel without
+    values says so.
     """
     figure, panels = new_figure(columns=2, height=5.2, rows=2)
-    contents = [
-        ("Loss", "DPO loss (nats)", ["loss"], (math.log(2), "ln 2: no preference yet")),
-        ("Reward accuracy", "share of pairs", ["rewards/accuracies"], (0.5, "chance, if none tie")),
-        ("Reward margin", "chosen − rejected (nats)", ["rewards/margins"], None),
-        ("Log-probability", "sum over an answer (nats)", SIDES, None),
-    ]
-    dot = {"linestyle": "", "marker": "o", "markeredgecolor": "white"}
-    drawn = {}
-    for axes, (title, unit, keys, level) in zip(panels.flat, contents, strict=True):
-        axes.set(title=title, xlabel="step", ylabel=unit)
-        for key in keys:
-            colour = {"logps/chosen": GREEN, "logps/rejected": VERMILION}.get(key, BLUE)
-            line = {
-                "linestyle": "--" if key == "logps/rejected" else "-",
-                "linewidth": 1.3,
-                "marker": ".",
-                "markersize": 2,
-            }
-            for what, name, style in (("training", key, line), ("held out", f"eval_{key}", dot)):
-                if points := [(entry["step"], entry[name]) for entry in log if name in entry]:
-                    drawn.setdefault(
-                        what,
-                        *axes.plot(*zip(*points, strict=True), color=colour, label=name, **style),
-                    )
-                    if keys is SIDES and what == "training":
-                        axes.annotate(
-                            key.removeprefix("logps/"),
-                            points[-1],
-                            (0, 6),
-                            textcoords="offset points",
-                            color=colour,
-                            ha="right",
-                        )
-        if not axes.lines:
-            axes.text(
-                0.5,
-                0.5,
-                "\n".join(["nothing in the log for", *keys]),
-                transform=axes.transAxes,
-                ha="center",
-                va="center",
-                color=GREY,
-            )
-            axes.set(xticks=[], yticks=[])
-            continue
-        if level:
-            value, meaning = level
-            axes.axhline(value, color=GREY, linestyle=":", zorder=1)
-            axes.text(
-                1,
-                value,
-                meaning,
-                transform=axes.get_yaxis_transform(),
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                color=GREY,
-            )
-    panels[0, 1].set_ylim(-0.03, 1.03)
-    if len(drawn) > 1:
-        figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=2, frameon=False)
+    loss, accuracy, margin, log_probability = panels.flat
+    draw_panel(loss, log, ["loss"])
+    loss.set(title="Loss", ylabel="DPO loss (nats)")
+    draw_level(loss, math.log(2), "ln 2: no preference yet")
+    draw_panel(accuracy, log, ["rewards/accuracies"])
+    accuracy.set(title="Reward accuracy", ylabel="share of pairs", ylim=(-0.03, 1.03))
+    draw_level(accuracy, 0.5, "chance, if none tie")
+    draw_panel(margin, log, ["rewards/margins"])
+    margin.set(title="Reward margin", ylabel="chosen − rejected (nats)")
+    draw_panel(log_probability, log, ["logps/chosen", "logps/rejected"])
+    log_probability.set(title="Log-probability", ylabel="sum over an answer (nats)")
+
+    # The legend shows the first line of each kind.
+    kinds = {}
+    for axes in panels.flat:
+        for line in axes.lines:
+            label = line.get_label()
+            if label.startswith("eval_"):
+                kinds.setdefault("held out", line)
+            elif not label.startswith("_"):  # matplotlib's own names begin so
+                kinds.setdefault("training", line)
+    if len(kinds) == 2:
+        figure.legend(kinds.values(), kinds, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
-def verdict(direction, low, high):
-    """The word and the colour for a difference whose 95 % interval reaches from `low` to `high`."""
-    if direction == NEITHER:
-        return "", BLUE
-    if not (high < 0 or low > 0):
-        return "unclear", GREY
-    return ("better", GREEN) if (high < 0) == (direction == LOWER) else ("worse", VERMILION)
-
-
-def before_after(evaluation):
-    """Each metric before and after DPO in percent; beside it the difference in points, its 95 % interval and a verdict.
-
-    `evaluation`: {"base": {metric: fraction}, "dpo": {…}, "difference": {metric: {"mean", "low", "high"}}}; only METRICS are drawn.
-    Raises ValueError if none of them is there, or one only in part.
-    """
-    base, dpo, difference = (evaluation[key] for key in ("base", "dpo", "difference"))
-    metrics = [metric for metric in METRICS if metric in base]
-    partly = [metric for metric in metrics if metric not in dpo or metric not in difference]
-    if partly or not metrics:
-        raise ValueError(
-            f"no {', '.join(partly) or 'known metric'} in base, dpo and difference alike: evaluate both models again"
-        )
-    figure, axes = new_figure(height=1.5 + 0.5 * len(metrics))
-    figure.set_figwidth(9.6)
-    beside = {
-        "transform": axes.get_yaxis_transform(),
-        "va": "center",
-    }  # x in widths of the panel, y in rows
-    y, heading = 0.0, None
-    for metric in metrics:
-        name, meaning, direction = METRICS[metric]
-        if direction != heading:
-            axes.text(-0.02, y + 0.1, direction, ha="right", style="italic", color=GREY, **beside)
-            y, heading = y + 0.8, direction
-        before, after = 100 * base[metric], 100 * dpo[metric]
-        mean, low, high = (100 * difference[metric][key] for key in ("mean", "low", "high"))
-        word, colour = verdict(direction, low, high)
-        axes.plot([before, after], [y, y], color=colour, linewidth=3, alpha=0.45)
-        axes.plot(
-            before,
-            y,
-            "o",
-            color="white",
-            markeredgecolor=GREY,
-            markeredgewidth=1.6,
-            markersize=8,
-            zorder=3,
-        )
-        axes.plot(after, y, "o", color=colour, markersize=9, zorder=3)
-        for value, side, shift in (
-            (min(before, after), "right", -8),
-            (max(before, after), "left", 8),
-        ):
-            axes.annotate(
-                f"{value:.1f}",
-                (value, y),
-                (shift, 0),
-                textcoords="offset points",
-                ha=side,
-                va="center",
-            )
-        axes.text(-0.02, y - 0.17, name, ha="right", weight="bold", **beside)
-        axes.text(-0.02, y + 0.22, meaning, ha="right", fontsize=8, color=GREY, **beside)
+def draw_panel(axes, log, keys):
+    """Draw the values of each of `keys` in `log` by step, or say that there are none."""
+    axes.set_xlabel("step")
+    for key in keys:
+        draw_series(axes, log, key)
+    if not axes.lines:
         axes.text(
-            1.02,
-            y,
-            f"{mean:+.1f}  [{low:+.1f}, {high:+.1f}]  {word}".replace("-", "−"),
-            color=colour,
-            **beside,
+            0.5,
+            0.5,
+            "\n".join(["nothing in the log for", *keys]),
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            color=GREY,
         )
-        y += 1
+        axes.set(xticks=[], yticks=[])
+
+
+def draw_series(axes, log, key):
+    """Draw the training values of `key` in `log` as a line, the held-out ones as dots."""
+    color = BLUE
+    line = "-"
+    if key == "logps/chosen":
+        color = GREEN
+    if key == "logps/rejected":
+        color = VERMILION
+        line = "--"
+    steps = [entry["step"] for entry in log if key in entry]
+    values = [entry[key] for entry in log if key in entry]
+    if steps:
+        axes.plot(
+            steps,
+            values,
+            color=color,
+            label=key,
+            linestyle=line,
+            linewidth=1.3,
+            marker=".",
+            markersize=2,
+        )
+        if key.startswith("logps/"):
+            axes.annotate(
+                key.removeprefix("logps/"),
+                (steps[-1], values[-1]),
+                (0, 6),
+                textcoords="offset points",
+                color=color,
+                ha="right",
+            )
+    held_out_key = f"eval_{key}"
+    steps = [entry["step"] for entry in log if held_out_key in entry]
+    values = [entry[held_out_key] for entry in log if held_out_key in entry]
+    if steps:
+        axes.plot(
+            steps,
+            values,
+            color=color,
+            label=held_out_key,
+            linestyle="",
+            marker="o",
+            markeredgecolor="white",
+        )
+
+
+def draw_level(axes, value, meaning):
+    """Draw a dotted line at `value` and say its `meaning`, in a panel that shows something."""
+    if not axes.lines:
+        return
+    axes.axhline(value, color=GREY, linestyle=":", zorder=1)
     axes.text(
-        1.02, -0.3, "difference in points,\n95 % interval", fontsize=8.5, color=GREY, **beside
+        1,
+        value,
+        meaning,
+        transform=axes.get_yaxis_transform(),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color=GREY,
     )
+
+
+# Evaluation
+
+
+def before_after(evaluated):
+    """Draw each metric of the base and the tuned model in percent, grouped by what is better.
+
+    Beside it stand the difference in points, its 95% interval and a verdict. `evaluated`: what
+    `evaluation.compare` returns. Only fractions are drawn, so not the number of words.
+    Raises ValueError if there is no known metric, or one of only one model.
+    """
+    # Evaluation loads torch and transformers, which no other figure needs.
+    from utils.evaluation import METRICS
+
+    names = [name for name in METRICS if name in evaluated["base"] and METRICS[name].unit == "%"]
+    if not names:
+        raise ValueError("base has no known metric: evaluate both models again")
+    for name in names:
+        for key in ("tuned", "difference"):
+            if name not in evaluated[key]:
+                raise ValueError(f"{key} has no {name}, but base has: evaluate both models again")
+
+    figure, axes = new_figure(height=1.5 + 0.5 * len(names))
+    figure.set_figwidth(11)
+    write = functools.partial(write_beside, axes)
+    y = 0.0
+    for better, heading in HEADINGS.items():
+        group = [name for name in names if METRICS[name].better == better]
+        if group:
+            write(-0.02, y + 0.1, heading, ha="right", style="italic", color=GREY)
+            y += 0.8
+        for name in group:
+            metric = METRICS[name]
+            write(-0.02, y - 0.17, metric.title, ha="right", weight="bold")
+            write(-0.02, y + 0.22, metric.meaning, ha="right", fontsize=8, color=GREY)
+            difference = evaluated["difference"][name]
+            low = 100 * difference["low"]
+            high = 100 * difference["high"]
+            word, color = verdict(better, low, high)
+            text = f"{100 * difference['mean']:+.1f}  [{low:+.1f}, {high:+.1f}]  {word}"
+            write(1.02, y, text.replace("-", "−"), color=color)
+            base = 100 * evaluated["base"][name]
+            tuned = 100 * evaluated["tuned"][name]
+            draw_change(axes, y, base, tuned, color)
+            y += 1
+    write(1.02, -0.3, "difference in points,\n95% interval", fontsize=8.5, color=GREY)
+
+    # Two markers outside the range, for the legend.
+    draw_base(axes, [], [], label="base model")
+    axes.plot([], [], "o", color=GREY, markersize=9, label="tuned model")
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.set(xlabel="percent", xlim=(-9, 109), ylim=(y - 0.4, -0.6))
+    axes.set(xticks=range(0, 101, 20), yticks=[])
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def write_beside(axes, x, y, text, **style):
+    """Write `text` in row `y`; `x` counts in widths of the panel, so it may be beside it."""
+    axes.text(x, y, text, transform=axes.get_yaxis_transform(), va="center", **style)
+
+
+def draw_base(axes, x, y, **options):
+    """Draw the hollow dot of the base model."""
     axes.plot(
-        [],
-        [],
+        x,
+        y,
         "o",
         color="white",
         markeredgecolor=GREY,
         markeredgewidth=1.6,
         markersize=8,
-        label="base model",
+        **options,
     )
-    axes.plot([], [], "o", color=GREY, markersize=9, label="after DPO")
-    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-    axes.set(
-        xlim=(-7, 107), ylim=(y - 0.4, -0.6), xlabel="percent", xticks=range(0, 101, 20), yticks=[]
-    )
-    axes.spines["left"].set_visible(False)
+
+
+def draw_change(axes, y, base, tuned, color):
+    """Draw a line from `base` to `tuned` (percent) in row `y`, with both values at its ends."""
+    axes.plot([base, tuned], [y, y], color=color, linewidth=3, alpha=0.45)
+    draw_base(axes, base, y, zorder=3)
+    axes.plot(tuned, y, "o", color=color, markersize=9, zorder=3)
+    label = functools.partial(axes.annotate, textcoords="offset points", va="center")
+    left = min(base, tuned)
+    right = max(base, tuned)
+    label(f"{left:.1f}", (left, y), (-8, 0), ha="right")
+    label(f"{right:.1f}", (right, y), (8, 0), ha="left")
+
+
+def verdict(better, low, high):
+    """Return the word and the color for a difference with the 95% interval `low` to `high`.
+
+    `better`: "lower", "higher" or "", as in evaluation.METRICS.
+    """
+    if better == "":
+        return "", BLUE
+    if high < 0:
+        is_better = better == "lower"
+    elif low > 0:
+        is_better = better == "higher"
+    else:  # also where the interval is not a number
+        return "unclear", GREY
+    if is_better:
+        return "better", GREEN
+    return "worse", VERMILION
+
+
+# Memory
+
+
+def memory_figure(components, title=""):
+    """Draw `components` ({name: bytes}) as bars, each from where the one before ends.
+
+    So the last one ends at the total. Dotted lines are what common GPUs hold, where the chart
+    reaches that far. The alternative text holds the same numbers.
+    Raises ValueError for a negative number of bytes.
+    """
+    # Memory loads torch and transformers, which no other figure needs.
+    from utils.memory import readable
+
+    for component, count in components.items():
+        if count < 0:
+            raise ValueError(f"{component} has {count} bytes: bytes cannot be negative")
+    total = sum(components.values())
+    unit = 1e6
+    unit_name = "MB"
+    right = 1.3 * total
+    if total >= 1e9:
+        unit = 1e9
+        unit_name = "GB"
+        # The chart reaches as far as the smallest GPU that the total fits into.
+        large_enough = [size for size in DEVICES.values() if size >= total]
+        if large_enough:
+            right = max(right, 1.1 * min(large_enough))
+
+    figure, axes = new_figure(height=1.1 + 0.32 * (len(components) + 1))
+    end = 0.0
+    for component, count in components.items():
+        axes.barh(component, count / unit, left=end, color=BLUE)
+        end += count / unit
+        axes.text(end, component, f" {readable(count)}", va="center")
+    axes.barh("total", end, color=GREY)
+    axes.text(end, "total", f" {readable(total)}", va="center", weight="bold")
+    for device, size in DEVICES.items():
+        if size < right:
+            axes.axvline(size / unit, color=VERMILION, linestyle=":")
+            # The labels of T4 and 24 GB are close: one goes to the left, so both can be read.
+            side = "right" if device == "T4" else "left"
+            axes.text(size / unit, -0.7, device, color=VERMILION, ha=side, va="bottom", fontsize=8)
+    axes.set(xlabel=f"{unit_name} at the peak of a step", xlim=(0, right / unit))
+    axes.set_ylim(len(components) + 0.6, -0.6)
+    axes.set_title(title, pad=16, fontsize=9)
+    axes.grid(axis="y", visible=False)
+
+    numbers = [f"{component} {readable(count)}" for component, count in components.items()]
+    alt = f"{', '.join(numbers)}; total {readable(total)}"
+    if title:
+        alt = f"{', '.join(title.splitlines())}: {alt}"
+    figure._repr_html_ = functools.partial(figure_html, figure, alt)
     return figure

@@ -1,4 +1,4 @@
-"""A bar for what takes more than a few seconds."""
+"""Show a progress bar for whatever takes more than a few seconds."""
 
 import os
 
@@ -6,10 +6,18 @@ from tqdm.auto import tqdm
 
 
 def watched():
-    """Whether bars are shown: not with `TQDM_DISABLE=1`, which `utils/__init__.py` sets where nobody looks on."""
+    """Return whether progress bars are shown.
+
+    They are hidden with `TQDM_DISABLE=1`, which `utils/__init__.py` sets outside terminals and
+    notebooks.
+    """
     return os.environ.get("TQDM_DISABLE", "0") in ("", "0")
 
 
 def progress(items, what):
-    """`items` (anything with a length) to iterate over, with a bar that says `what` is done and goes away at the end."""
-    return tqdm(items, desc=what, leave=False, disable=len(items) < 5 or not watched())
+    """Return an iterator over `items` with a bar labeled `what`, which disappears at the end.
+
+    `items` is anything that has a length. Fewer than five items get no bar.
+    """
+    hidden = len(items) < 5 or not watched()
+    return tqdm(items, desc=what, leave=False, disable=hidden)

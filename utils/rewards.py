@@ -1,82 +1,126 @@
-"""Log-probabilities of answers under policy and reference, and the implicit rewards that DPO makes of them."""
+"""Log-probabilities of answers under policy and reference, and DPO's implicit rewards from them."""
 
 import torch
 from peft import PeftModel
 
 from utils.chat import training_batch
-from utils.models import compute_dtype
+from utils.models import answering, compute_dtype
+
+
+def predicting_logits(logits, completion_mask):
+    """Return the logits that predict the answers' tokens: (answer tokens, vocabulary), float32.
+
+    `logits`: (rows, length, vocabulary). `completion_mask`: (rows, length), 1 on answer tokens.
+    Only these logits are converted: those of image and prompt are most of the memory.
+    """
+    # The logits at one position predict the token at the next.
+    in_answer = completion_mask[:, 1:].bool()
+    return logits[:, :-1][in_answer].float()
+
+
+def answer_logits(model, processor, rows):
+    """Return what `model` predicts at every token of both answers of every pair, without gradient.
+
+    `rows`: formatted rows of `utils.chat.format_dataset`, run as one batch. Returns a float32
+    tensor (answer tokens, vocabulary) on the CPU: all chosen answers, then all rejected ones.
+    """
+    batch = training_batch(rows, processor).to(model.device)
+    completion_mask = batch.pop("completion_mask")
+    with answering(model):
+        logits = model(**batch, use_cache=False).logits
+    return predicting_logits(logits, completion_mask).cpu()
+
+
+def logit_difference(logits, others):
+    """Compare two models' logits for the same tokens, both (answer tokens, vocabulary).
+
+    Returns a dict of floats: "largest", the largest difference of one logit; "divergence", the mean
+    Kullback-Leibler divergence per token in nats; "changed", the fraction of tokens whose most
+    likely successor differs.
+    """
+    p = logits.log_softmax(-1)
+    q = others.log_softmax(-1)
+    return {
+        "largest": (logits - others).abs().max().item(),
+        "divergence": (p.exp() * (p - q)).sum(-1).mean().item(),
+        "changed": (logits.argmax(-1) != others.argmax(-1)).float().mean().item(),
+    }
 
 
 def answer_logps(logits, input_ids, completion_mask):
-    """log π(answer | image, prompt) of every row in nats: a tensor (rows,), the sum over the answer's tokens in float32.
+    """Return log π(answer | image, prompt) of every row in nats, (rows,).
 
-    `logits`: (rows, length, vocabulary); `input_ids`, `completion_mask`: (rows, length), the mask is 1 on the answer's tokens.
-    Only the logits that predict an answer's token are converted: those of image and prompt are most of the memory.
+    The log-probability of an answer is the sum over its tokens, in float32.
+    `logits`: (rows, length, vocabulary). `input_ids`, `completion_mask`: (rows, length); the mask
+    is 1 on answer tokens.
     """
-    in_answer = completion_mask[
-        :, 1:
-    ].bool()  # the logits at one position predict the token at the next
-    log_p = logits[:, :-1][in_answer].float().log_softmax(-1)
-    token_logps = log_p.gather(-1, input_ids[:, 1:][in_answer][:, None])[:, 0]
-    return torch.stack(
-        [of_row.sum() for of_row in token_logps.split(in_answer.sum(dim=1).tolist())]
-    )
+    in_answer = completion_mask[:, 1:].bool()
+    answer_ids = input_ids[:, 1:][in_answer]
+    log_p = predicting_logits(logits, completion_mask).log_softmax(-1)
+    token_logps = log_p.gather(-1, answer_ids[:, None])[:, 0]
+    lengths = in_answer.sum(dim=1).tolist()
+    return torch.stack([answer.sum() for answer in token_logps.split(lengths)])
 
 
-@torch.no_grad()
-def pair_logps(model, processor, rows, settings):
-    """What policy (adapter on) and reference (adapter off) think of both answers of every pair, without gradient.
+def pair_logps(settings, model, processor, rows):
+    """Score both answers of every pair under policy (adapter on) and reference (adapter off).
 
-    `rows`: formatted rows of `utils.chat.format_dataset`. Returns float64 arrays of shape (pairs,), in the order of `rows`:
-    "chosen", "rejected", "reference_chosen", "reference_rejected" in nats, and "chosen_tokens", "rejected_tokens".
-    Raises ValueError when there are no rows, or no adapter: policy and reference would be the same and every reward 0.
+    `rows`: formatted rows of `utils.chat.format_dataset`. Returns float64 arrays (pairs,) in the
+    order of `rows`: log-probabilities in nats as "chosen", "rejected", "reference_chosen" and
+    "reference_rejected", lengths as "chosen_tokens" and "rejected_tokens". No gradient is kept.
+
+    Raises ValueError when there are no rows, or when the model has no adapter: policy and reference
+    would be the same and every reward 0.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
-            "the model carries no adapter, so policy and reference are the same: "
-            "take the model of make_trainer(...), or utils.models.load_tuned(settings, adapter)"
+            "the model has no adapter, so policy and reference are the same: "
+            "use the model of make_trainer(...) or of utils.models.load_tuned(settings, adapter)"
         )
     if len(rows) == 0:
         raise ValueError("there are no pairs to score: rows is empty")
-    was_training, parts, dtype = model.training, [], compute_dtype()
-    model.eval()
-    for start in range(
-        0, len(rows), settings.batch_size
-    ):  # as many pairs as fit into a step of training
-        some = [rows[i] for i in range(start, min(start + settings.batch_size, len(rows)))]
+
+    parts = {
+        "chosen": [],
+        "rejected": [],
+        "reference_chosen": [],
+        "reference_rejected": [],
+        "chosen_tokens": [],
+        "rejected_tokens": [],
+    }
+    dtype = compute_dtype()
+    autocast = torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+    size = settings.batch_size  # as many pairs as fit into a step of training
+    for start in range(0, len(rows), size):
+        stop = min(start + size, len(rows))
+        some = [rows[number] for number in range(start, stop)]
         batch = training_batch(some, processor).to(model.device)
         mask = batch.pop("completion_mask")
-        with torch.autocast(
-            model.device.type, dtype, enabled=dtype != torch.float32
-        ):  # as the trainer computes on a GPU
-            policy = answer_logps(model(**batch, use_cache=False).logits, batch["input_ids"], mask)
-            with model.disable_adapter():
-                reference = answer_logps(
-                    model(**batch, use_cache=False).logits, batch["input_ids"], mask
-                )
-        columns = (
-            half for tensor in (policy, reference, mask.sum(dim=1)) for half in tensor.chunk(2)
-        )  # chosen rows, then rejected
-        parts.append(torch.stack([column.double() for column in columns]).cpu())
-    model.train(was_training)
-    names = (
-        "chosen",
-        "rejected",
-        "reference_chosen",
-        "reference_rejected",
-        "chosen_tokens",
-        "rejected_tokens",
-    )
-    return dict(zip(names, torch.cat(parts, dim=1).numpy(), strict=True))
+        with autocast, answering(model):
+            logits = model(**batch, use_cache=False).logits
+            policy = answer_logps(logits, batch["input_ids"], mask)
+        with autocast, answering(model, adapter=False):
+            logits = model(**batch, use_cache=False).logits
+            reference = answer_logps(logits, batch["input_ids"], mask)
+        # A batch holds the chosen rows, then the rejected rows.
+        pairs = len(some)
+        tokens = mask.sum(dim=1)
+        parts["chosen"].append(policy[:pairs])
+        parts["rejected"].append(policy[pairs:])
+        parts["reference_chosen"].append(reference[:pairs])
+        parts["reference_rejected"].append(reference[pairs:])
+        parts["chosen_tokens"].append(tokens[:pairs])
+        parts["rejected_tokens"].append(tokens[pairs:])
+    return {name: torch.cat(values).double().cpu().numpy() for name, values in parts.items()}
 
 
 def rewards(logps, beta):
-    """DPO's implicit rewards, β · (log π_policy − log π_reference): {"chosen", "rejected", "margin"}, arrays (pairs,).
+    """Return DPO's implicit rewards, β · (log π_policy − log π_reference).
 
-    Rafailov et al. 2023, section 4: the reward that the policy stands for, up to a term that both answers share.
-    `logps`: what `pair_logps` returns; margin: chosen − rejected.
+    Rafailov et al. 2023, section 4: the reward that the policy stands for, up to a term that both
+    answers share. `logps`: what `pair_logps` returns. Returns arrays (pairs,): "chosen", "rejected"
+    and "margin", which is chosen − rejected.
     """
-    chosen, rejected = (
-        beta * (logps[side] - logps[f"reference_{side}"]) for side in ("chosen", "rejected")
-    )
+    chosen = beta * (logps["chosen"] - logps["reference_chosen"])
+    rejected = beta * (logps["rejected"] - logps["reference_rejected"])
     return {"chosen": chosen, "rejected": rejected, "margin": chosen - rejected}

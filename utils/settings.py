@@ -1,4 +1,7 @@
-"""One `Settings` per profile: the same code trains the embedded default on a CPU and an 8B model on a GPU."""
+"""One `Settings` per profile.
+
+The same code trains the embedded default on a CPU and an 8B model on a GPU.
+"""
 
 import hashlib
 import json
@@ -14,7 +17,10 @@ LANGUAGE_MODEL_LINEARS = r".*\.(text_model|language_model)\..*(q|k|v|o|gate|up|d
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that differs between two profiles. Sizes in tokens or pairs; `learning_rate` is the adapter's."""
+    """Hold everything that differs between two profiles.
+
+    Sizes count tokens or pairs. `learning_rate` is the adapter's.
+    """
 
     profile: str
     model: str
@@ -23,13 +29,10 @@ class Settings:
     test_split: str
     model_revision: str = "main"
     dataset_revision: str = "main"
-    evaluation_dataset: str = (
-        EMBEDDED_DATASET  # scenes whose truth is known exactly, whatever the model was trained on
-    )
+    evaluation_dataset: str = EMBEDDED_DATASET  # drawn scenes, whose truth is known exactly
     evaluation_split: str = "test[:500]"
-    pixel_budget: int | None = (
-        None  # an image is reduced to so many pixels, in its family's way; None: as the processor comes
-    )
+    # The most pixels the model gets of an image. None leaves the processor as it comes.
+    pixel_budget: int | None = None
     four_bit: bool = True
     keep_in_full_precision: tuple = (
         r".*(vision|visual|connector|projector|merger)[^.]*",
@@ -41,29 +44,34 @@ class Settings:
     beta: float = 0.1
     learning_rate: float = 5e-5
     epochs: float = 1
-    batch_size: int = 1  # pairs a step on one device
+    batch_size: int = 1  # pairs in a micro-batch, on each device
     gradient_accumulation: int = 16
     gradient_checkpointing: bool = True
-    shared_prefix: bool = True  # each image once and each prompt once; False is TRL's own trainer
+    # True computes each image and each prompt once; False is TRL's own trainer.
+    shared_prefix: bool = True
     warmup_steps: int = 10
     logging_steps: int = 5
     save_steps: int = 50
-    token_budget: int = 2048  # longer rows are dropped before training, counted and reported
+    token_budget: int = 2048  # longer rows are dropped before training, and reported
     max_new_tokens: int = 256
     generation_batch_size: int = 8
     seed: int = 0
 
 
-# What the profiles of real models share. They were written where no hub can be reached: the models' revisions are those that public
-# projects have in their caches; of the data set none was found, so it stays "main". The hub shows revisions under "History".
+# What the profiles of real models share. No hub could be reached when they were written. The
+# models' revisions are those that public projects have in their caches. None was found for the
+# data set, so it stays "main". The hub lists revisions under "History".
 _REAL = {
     "dataset": "openbmb/RLAIF-V-Dataset",  # 83,132 pairs, CC BY-NC 4.0
-    "train_split": "train[:5%]",  # 4,157 pairs, 260 steps
+    "train_split": "train[:5%]",  # 4,157 pairs, 260 optimizer steps
     "test_split": "train[99%:]",
-    "beta": 0.1,  # as in the DPO paper (Rafailov et al. 2023, appendix B) and TRL's default
-    "learning_rate": 5e-5,  # for an adapter: at TRL's default of 1e-6, made for all weights, it hardly moves from where it begins
-    "batch_size": 4,  # memory.estimate leaves 1.5 GB or more at the token budget; times accumulation, 16 pairs a step
-    "gradient_accumulation": 4,
+    # As in the DPO paper (Rafailov et al. 2023, appendix B), and TRL's default.
+    "beta": 0.1,
+    # For an adapter. At TRL's default of 1e-6, meant for full fine-tuning, it hardly learns.
+    "learning_rate": 5e-5,
+    # By memory.estimate, this leaves 1.5 GB or more at the token budget.
+    "batch_size": 4,
+    "gradient_accumulation": 4,  # 16 pairs per optimizer step
 }
 
 PROFILES = {
@@ -75,9 +83,11 @@ PROFILES = {
             dataset=EMBEDDED_DATASET,
             train_split="train",
             test_split="test",
-            pixel_budget=72 * 72,  # all of a drawn scene: one tile of its model
-            beta=0.3,  # closer to the reference than the usual 0.1; chosen, as the rate, on scenes that are in neither split
-            learning_rate=3e-4,  # a model this small needs larger steps than an 8B
+            pixel_budget=72 * 72,  # a whole drawn scene, which is one tile of its model
+            # Closer to the reference than the usual 0.1. Like the learning rate, it was chosen on
+            # scenes that are in neither split.
+            beta=0.3,
+            learning_rate=3e-4,  # a model this small needs larger steps than an 8B model
             batch_size=16,
             gradient_accumulation=1,
             gradient_checkpointing=False,
@@ -91,22 +101,22 @@ PROFILES = {
             profile="smolvlm",
             model="HuggingFaceTB/SmolVLM-Instruct",
             model_revision="81cd9a775a4d644f2faf4e7becff4559b46b14c7",
-            pixel_budget=768 * 768,  # 4 tiles and the whole; by itself its processor makes 16
+            pixel_budget=768 * 768,  # 4 tiles and the whole image; its default is 16 tiles
             **_REAL,
         ),
         Settings(
             profile="qwen",
             model="Qwen/Qwen2.5-VL-3B-Instruct",
             model_revision="66285546d2b821cf421d4f5eb2576359d3770cd3",
-            pixel_budget=512 * 28 * 28,  # 512 tokens at most; by itself its processor allows 16,384
+            pixel_budget=512 * 28 * 28,  # at most 512 tokens; its default allows 16,384
             **_REAL,
         ),
         Settings(
             profile="idefics2",
             model="HuggingFaceM4/idefics2-8b",
             model_revision="2c42686c57fe21cf0348c9ce1077d094b72e7698",
-            pixel_budget=640
-            * 640,  # 64 tokens whatever the size; fewer pixels spare the vision tower
+            # An image of any size takes 64 tokens. Fewer pixels save time in the vision tower.
+            pixel_budget=640 * 640,
             **_REAL,
         ),
     )
@@ -114,52 +124,57 @@ PROFILES = {
 
 
 def load(profile=None):
-    """The settings of `profile`; of the environment variable VLM_DPO_PROFILE (else "embedded") when it is None.
+    """Return the settings of `profile`.
 
+    None means the profile named by the environment variable VLM_DPO_PROFILE, or "embedded".
     Raises ValueError with the names of all profiles for any other name.
     """
-    name = os.environ.get("VLM_DPO_PROFILE", "embedded") if profile is None else profile
-    if name not in PROFILES:
+    if profile is None:
+        profile = os.environ.get("VLM_DPO_PROFILE", "embedded")
+    if profile not in PROFILES:
         raise ValueError(
-            f"no profile is called {name!r}; choose one of {', '.join(PROFILES)} (PROFILE, VLM_DPO_PROFILE or --profile)"
+            f"there is no profile {profile!r}: set PROFILE, VLM_DPO_PROFILE or --profile to one of "
+            f"{', '.join(PROFILES)}"
         )
-    return PROFILES[name]
+    return PROFILES[profile]
 
 
 def locate(name):
-    """`name` as a path inside this repository where that exists, otherwise as it is: the name of a model or data set on the hub."""
+    """Return the path of `name` inside this repository if it exists there, else `name` itself.
+
+    Anything else is the name of a model or data set on the hub, or a path of the user's own.
+    """
     path = ROOT / name
     return str(path) if path.exists() else name
 
 
 def run_folder(settings):
-    """Where notebooks and the command line leave what they make: runs/<profile>."""
+    """Return runs/<profile>, where notebooks and commands put what they produce."""
     return ROOT / "runs" / settings.profile
 
 
 def verify_embedded(part, root=ROOT):
-    """Compare the files of `embedded/<part>` ("dataset" or "model") with the manifest's digests.
+    """Compare the files of `embedded/<part>`, "dataset" or "model", with the manifest's digests.
 
-    Raises FileNotFoundError that names the missing or damaged file and how to get it back.
+    Raises FileNotFoundError with the name of a missing or damaged file and how to restore it.
     """
     manifest = json.loads((Path(root) / "embedded" / "manifest.json").read_text())
     for name, expected in manifest["files"].items():
         if not name.startswith(f"embedded/{part}/"):
             continue
         path = Path(root) / name
-        problem = (
-            "is missing"
-            if not path.exists()
-            else "is damaged"
-            if digest(path.read_bytes()) != expected
-            else None
+        if not path.exists():
+            problem = "is missing"
+        elif digest(path.read_bytes()) != expected:
+            problem = "is damaged"
+        else:
+            continue
+        raise FileNotFoundError(
+            f"{name} {problem}: restore it with `git checkout -- {name}`, or rebuild it with "
+            "`python -m embedded.build`"
         )
-        if problem:
-            raise FileNotFoundError(
-                f"{name} {problem}: restore it with `git checkout -- {name}`, or rebuild with `python -m embedded.build`"
-            )
 
 
 def digest(data):
-    """A name for these bytes: equal for equal files, different for different ones (SHA-256)."""
+    """Return the SHA-256 digest of `data` in hexadecimal: the same bytes get the same name."""
     return hashlib.sha256(data).hexdigest()

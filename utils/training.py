@@ -1,4 +1,4 @@
-"""QLoRA DPO with TRL: an adapter on the language model, the trainer, resuming and saving."""
+"""Train an adapter with TRL's `DPOTrainer`: its configuration, the trainer, resuming and saving."""
 
 import json
 import math
@@ -16,7 +16,6 @@ from trl import DPOConfig, DPOTrainer
 
 from utils import checkpoints, versions
 from utils.models import compute_dtype
-from utils.preflight import preflight as preflight  # `training.preflight(trainer)`, before `train`
 from utils.progress import watched
 from utils.shared_prefix import SharedPrefixDPOTrainer
 
@@ -24,7 +23,10 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
 
 
 def lora_config(settings):
-    """LoRA on the linear layers of the language model; the vision tower and the connector stay as they are."""
+    """Return the `LoraConfig` that adapts the linear layers of the language model.
+
+    The vision tower and the connector stay as they are.
+    """
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_rank,
@@ -35,166 +37,198 @@ def lora_config(settings):
 
 
 def share_of_batch(settings, processes):
-    """(Pairs at a time, how many times a step) of each of `processes`: a step takes as many pairs as one process alone would take,
-    so that learning rate and steps stay right however many there are. ValueError when the pairs cannot be shared evenly."""
+    """Return (pairs per micro-batch, micro-batches per optimizer step) for each of `processes`.
+
+    An optimizer step uses as many pairs as it would on a single process, so learning rate and
+    number of steps stay right. Raises ValueError when the pairs cannot be shared evenly.
+    """
     pairs = settings.batch_size * settings.gradient_accumulation
     if pairs % processes:
         raise ValueError(
-            f"a step takes {pairs} pairs (batch_size × gradient_accumulation), which {processes} processes cannot share evenly: "
-            f"start as many as divide {pairs}, or change the profile in utils/settings.py"
+            f"{processes} processes cannot evenly share the {pairs} pairs of an optimizer step "
+            f"(batch_size × gradient_accumulation): start a number of processes that divides "
+            f"{pairs}, or change the profile in utils/settings.py"
         )
-    at_a_time = math.gcd(
-        settings.batch_size, pairs // processes
-    )  # never more than the profile says one device holds
-    return at_a_time, pairs // processes // at_a_time
+    pairs_per_process = pairs // processes
+    # Never more than one device holds according to the profile.
+    micro_batch = math.gcd(settings.batch_size, pairs_per_process)
+    return micro_batch, pairs_per_process // micro_batch
 
 
 def dpo_config(settings, output, **changes):
-    """The profile's `DPOConfig`; `changes` are arguments of `DPOConfig` that replace the profile's.
-
-    `max_length=None`: TRL's default would cut image tokens. The learning rate is explicit: TRL's default is for full
-    fine-tuning and leaves an adapter where it is.
-    """
+    """Return the profile's `DPOConfig`; `changes` are arguments that replace the profile's."""
     dtype = compute_dtype()
-    batch_size, accumulation = share_of_batch(
-        settings, int(os.environ.get("WORLD_SIZE", 1))
-    )  # set by `accelerate launch`
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # `accelerate launch` sets it
+    micro_batch, accumulation = share_of_batch(settings, processes)
     arguments = {
         "output_dir": str(output),
         "beta": settings.beta,
+        # TRL's default is meant for full fine-tuning and hardly moves an adapter.
         "learning_rate": settings.learning_rate,
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": batch_size,
+        "per_device_train_batch_size": micro_batch,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "lr_scheduler_type": "cosine",
         "warmup_steps": settings.warmup_steps,
-        "max_length": None,
+        "max_length": None,  # TRL's default would cut off image tokens
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": not torch.cuda.is_available(),
-        "disable_tqdm": not watched(),  # transformers would show no bar, because this package keeps its log quiet
+        # Set explicitly: transformers would hide the bar because this package quiets its log.
+        "disable_tqdm": not watched(),
         "logging_steps": settings.logging_steps,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
-        "ddp_find_unused_parameters": False,  # TRL's True is for batches without images; here every batch uses the whole adapter
+        # TRL's True is for batches without images; here every batch uses the whole adapter.
+        "ddp_find_unused_parameters": False,
         "report_to": "none",
         "seed": settings.seed,
     }
-    return DPOConfig(**(arguments | changes))
+    arguments.update(changes)
+    return DPOConfig(**arguments)
 
 
 def make_trainer(
     settings,
     model,
     processor,
-    train,
+    train_rows,
     output,
-    test=None,
+    validation_rows=None,
     callbacks=None,
     continue_adapter=False,
     shared_prefix=None,
     **changes,
 ):
-    """A `DPOTrainer` on formatted rows. The reference model is `model` with the adapter switched off: there is no second copy.
+    """Return a `DPOTrainer` on formatted rows.
 
-    With `shared_prefix` (None: `settings.shared_prefix`) the faster `SharedPrefixDPOTrainer`, which computes the same loss.
-    `model` must not carry an adapter yet (ValueError: wrapped twice, "base" answers would be an adapter's), unless
-    `continue_adapter` says that the one from `load_tuned` is to be trained on; the reference is then a frozen copy of it
-    ("ref"). TRL casts the adapter of a 4-bit model to bfloat16, where small updates vanish in rounding; here it is kept in
-    float32, and what the cast rounded off a continued one is given back. A stream (`train` of type `IterableDataset`) needs
-    `max_steps`, and begins again where it ends.
+    The reference is `model` with its adapter switched off, so there is no second copy.
+
+    - `train_rows`: a `Dataset`, or an `IterableDataset`, which needs `max_steps` and starts over
+      when it ends.
+    - `continue_adapter`: train the adapter that `load_tuned` put on `model`; the reference is then
+      a frozen copy of it, named "ref". Otherwise `model` must not carry an adapter.
+    - `shared_prefix`: True for the faster `SharedPrefixDPOTrainer`, which computes the same loss;
+      None for what `settings.shared_prefix` says.
+    - `changes`: arguments of `DPOConfig` that replace the profile's.
+
+    Raises ValueError when `model` carries an adapter that it must not carry, or lacks one.
     """
-    if isinstance(train, IterableDataset):
-        train = train.repeat(
-            None
-        )  # transformers counts its batches but not its passes: resumed in the second, it would start that over
+    if isinstance(train_rows, IterableDataset):
+        # transformers counts the batches of a stream but not its passes: resumed in the second
+        # pass, it would start that pass over. Repeated, the stream has a single endless pass.
+        train_rows = train_rows.repeat(None)
     if continue_adapter:
         if not isinstance(model, PeftModel) or list(model.peft_config) != ["default"]:
             raise ValueError(
-                "continue_adapter=True needs a model with one adapter: load it with load_tuned(settings, folder)"
+                "continue_adapter=True needs a model with exactly one adapter: "
+                "load it with load_tuned(settings, folder)"
             )
         model.set_adapter("default")  # load_tuned froze it
     elif isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        # Wrapped twice, its answers as the base would still use the first adapter.
         raise ValueError(
-            "the model already carries an adapter: load it again with load_model(settings), the trainer adds the adapter itself"
+            "the model already carries an adapter: load a fresh one with load_model(settings); "
+            "the trainer adds the adapter itself"
         )
-    set_seed(settings.seed)  # the adapter is made before the trainer seeds anything
-    shared_prefix = settings.shared_prefix if shared_prefix is None else shared_prefix
+    if shared_prefix is None:
+        shared_prefix = settings.shared_prefix
+    trainer_class = SharedPrefixDPOTrainer if shared_prefix else DPOTrainer
+    set_seed(settings.seed)  # TRL creates the adapter before the trainer sets any seed
     arguments = dpo_config(settings, output, **changes)
-    trainer = (SharedPrefixDPOTrainer if shared_prefix else DPOTrainer)(
+    origin = checkpoints.Origin(checkpoints.origin(settings, arguments, train_rows))
+    trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=test,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
         processing_class=processor,
         peft_config=None if continue_adapter else lora_config(settings),
-        callbacks=[
-            *(callbacks or []),
-            checkpoints.Origin(checkpoints.origin(settings, arguments, train)),
-        ],
+        callbacks=[*(callbacks or []), origin],
     )
     trainer.settings = settings  # for preflight
-    if trainer.args.disable_tqdm:  # without a bar transformers prints every log entry instead
+    if trainer.args.disable_tqdm:  # without a bar transformers would print every log entry
         trainer.remove_callback(PrinterCallback)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad:
-            exact = (
-                trainer.model.get_parameter(name.replace(".default.", ".ref."))
-                if continue_adapter
-                else parameter
-            )
-            parameter.data = exact.data.float().clone()
+    keep_adapter_in_float32(trainer.model, continue_adapter)
     return trainer
 
 
-def train(trainer, settings, resume=False):
-    """Train, then write `adapter/` and `training.json` into the trainer's output folder; returns what training.json holds.
+def keep_adapter_in_float32(model, continued):
+    """Cast what trains in `model` back to float32, in place.
 
-    `resume=True` goes on from the last whole checkpoint there (`checkpoints.last_checkpoint`), to the same adapter, and stops with a
-    ValueError where that was made with other settings. Killed at any moment, this leaves a whole `adapter/` or none.
+    TRL casts the adapter of a 4-bit model to bfloat16, where small updates vanish in rounding.
+    The cast has already rounded a `continued` adapter; its copy "ref" still has the exact values.
     """
-    output, checkpoint = Path(trainer.args.output_dir), None
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exact = parameter
+        if continued:
+            exact = model.get_parameter(name.replace(".default.", ".ref."))
+        parameter.data = exact.data.float().clone()
+
+
+def train(settings, trainer, resume=False):
+    """Train, write `adapter/` and `training.json` into the output folder, return the latter.
+
+    `resume=True` goes on from the last whole checkpoint in the output folder and ends at the same
+    adapter as an uninterrupted run. Raises FileNotFoundError when there is no such checkpoint, and
+    ValueError when it was made with other settings. Killed at any moment, a run leaves a whole
+    `adapter/` or none.
+    """
+    output = Path(trainer.args.output_dir)
+    checkpoint = None
+    first_step = 0
     if resume:
         checkpoint = checkpoints.last_checkpoint(output)
-        checkpoints.check_origin(
-            checkpoint, checkpoints.origin(settings, trainer.args, trainer.train_dataset)
-        )
-    start, first_step = time.perf_counter(), checkpoints.step(checkpoint) if checkpoint else 0
+        origin = checkpoints.origin(settings, trainer.args, trainer.train_dataset)
+        checkpoints.check_origin(checkpoint, origin)
+        first_step = checkpoints.steps_done(checkpoint)
+
+    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds, steps = time.perf_counter() - start, trainer.state.global_step
-    saved = output / "adapter.new"
-    trainer.save_model(
-        str(saved)
-    )  # by every process, because it may have to be put together; the first one writes
-    pairs_per_step = (
-        trainer.args.train_batch_size
-        * trainer.args.gradient_accumulation_steps
-        * trainer.args.world_size
-    )
-    pairs, rows = steps * pairs_per_step, trainer.train_dataset
-    if not isinstance(rows, IterableDataset):  # the last step of a pass may have fewer
-        pairs = min(pairs, round(len(rows) * max(1, trainer.state.epoch or 1)))
-    log = trainer.state.log_history
+    seconds = time.perf_counter() - start
+    # Every process calls this, since the adapter may be spread over them; the first one writes.
+    trainer.save_model(str(output / "adapter.new"))
+
+    steps = trainer.state.global_step
+    pairs_per_step = checkpoints.pairs_per_step(trainer.args)
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {
         "steps": steps,
-        "pairs": pairs,
+        "pairs": pairs_seen(trainer),
         "seconds": seconds,
         "pairs_per_second": (steps - first_step) * pairs_per_step / seconds,
-        "final": next((entry for entry in reversed(log) if "loss" in entry), {}),
-        "log": log,
+        "final": losses[-1] if losses else {},
+        "log": trainer.state.log_history,
         "versions": versions(*LIBRARIES),
         "settings": asdict(settings),
     }
     if trainer.is_world_process_zero():
-        shutil.rmtree(
-            saved / "ref", ignore_errors=True
-        )  # the reference of a continued adapter is the one it began with
-        (output / "training.json").unlink(
-            missing_ok=True
-        )  # an earlier run's never stands beside this one's adapter
-        checkpoints.put_in_place(saved, output / "adapter")
-        (output / "training.json.new").write_text(json.dumps(record, indent=1))
-        (output / "training.json.new").rename(output / "training.json")
+        put_run_in_place(output, record)
     return record
+
+
+def pairs_seen(trainer):
+    """Return how many pairs `trainer` has trained on, each counted in every pass."""
+    pairs = trainer.state.global_step * checkpoints.pairs_per_step(trainer.args)
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return pairs
+    # The last step of a pass may have fewer pairs than the others.
+    passes = max(1, trainer.state.epoch or 1)
+    return min(pairs, round(len(trainer.train_dataset) * passes))
+
+
+def put_run_in_place(output, record):
+    """Rename `adapter.new` in the folder `output` to `adapter`, and write training.json."""
+    saved = output / "adapter.new"
+    # The reference of a continued adapter is the adapter it started from; nobody needs it twice.
+    shutil.rmtree(saved / "ref", ignore_errors=True)
+    # The record of an earlier run must never lie beside the adapter of this one.
+    (output / "training.json").unlink(missing_ok=True)
+    checkpoints.put_in_place(saved, output / "adapter")
+    unfinished = output / "training.json.new"
+    unfinished.write_text(json.dumps(record, indent=1))
+    unfinished.rename(output / "training.json")

@@ -1,0 +1,143 @@
+"""The benchmarks run, small, and print what they promise."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from benchmarks import format_dataset, gpu, train_step
+from utils import memory
+from utils.settings import PROFILES
+from utils.shared_prefix import SharedPrefixDPOTrainer
+
+TINY_CONFIG = {
+    "model_type": "smolvlm",
+    "text_config": train_step.language_config(
+        "llama",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=200,
+    ),
+    "vision_config": train_step.vision_config(32, 2, 64, 4, 2),
+    "scale_factor": 2,
+}
+TINY = train_step.Shape(TINY_CONFIG, pixels=(1, 3, 64, 64), tokens=64)
+TINY_QWEN_CONFIG = {
+    "model_type": "qwen2_5_vl",
+    "text_config": train_step.QWEN["text_config"]
+    | {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 200,
+    },
+    "vision_config": train_step.QWEN["vision_config"]
+    | {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "fullatt_block_indexes": [0],
+    },
+}
+TINY_QWEN = train_step.Shape({}, pixels=(16, train_step.QWEN_PATCH), tokens=4, grid=(1, 4, 4))
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_train_step_compares_the_steps_on_the_same_loss(monkeypatch, capsys):
+    monkeypatch.setitem(train_step.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(sys, "argv", ["train_step", "--shapes", "tiny", "--repeats", "1"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    train_step.main()
+    ours = last_line(capsys)["shapes"]["tiny"]
+    names = {"flop_ratio", "time_ratio", "memory_ratio", "loss_difference"}
+    assert ours.keys() == names | {"ideal_ratio", "images_once", "cached_reference"}
+    once = ours["images_once"]
+    cached = ours["cached_reference"]
+    for step in (ours, once, cached):
+        assert names <= step.keys() and step["loss_difference"] < 1e-5
+    assert 1 < once["flop_ratio"] < ours["flop_ratio"] < cached["flop_ratio"]
+    assert ours["flop_ratio"] == pytest.approx(ours["ideal_ratio"], rel=0.15)
+
+
+def test_the_vision_tower_runs_as_often_as_is_claimed(tmp_path):
+    """Gradient checkpointing is on. Without it, stock would run forward four times, never back."""
+    results = train_step.measure_shape(TINY, 1, 1, tmp_path)
+    # Passes of each image, which stock has twice.
+    stock = results["stock"]
+    assert (stock["vision_forward"], stock["vision_backward"]) == (6, 2)
+    ours = results["ours"]
+    assert (ours["vision_forward"], ours["vision_backward"]) == (1, 0)
+
+
+def test_format_dataset_compares_the_recipes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["format_dataset", "--rows", "20"])
+    # In this process: its memory means nothing, but the test is quick.
+    monkeypatch.setattr(format_dataset, "alone", format_dataset.measure)
+    format_dataset.main()
+    summary = last_line(capsys)
+    assert summary["rows"] == 20 and summary["largest_pixel_difference"] == 0
+    assert summary.keys() >= {"rows_per_second_ratio", "bytes_written_share"}
+
+
+@pytest.mark.parametrize(
+    "config, shape",
+    [(TINY_CONFIG, TINY), (TINY_QWEN_CONFIG, TINY_QWEN)],
+    ids=["smolvlm", "qwen"],
+)
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_gpu_sweeps_a_random_model_that_was_loaded_as_real_ones_are(
+    config, shape, four_bit, tmp_path, monkeypatch
+):
+    with torch.device("meta"):
+        model_config = AutoConfig.for_model(**config, image_token_id=199)
+        bare = AutoModelForImageTextToText.from_config(model_config)
+    monkeypatch.setattr(memory, "architecture", lambda name: bare)
+    monkeypatch.setattr(gpu, "TIMED", 1)
+    monkeypatch.setattr(gpu, "SHARD", 50_000)  # several shards
+    settings = dataclasses.replace(PROFILES["smolvlm"], four_bit=four_bit)
+    rows = {}
+    for kind in gpu.TRAINERS:
+        model = gpu.random_model(settings)
+        kinds = {type(module).__name__ for module in model.modules()}
+        assert ("Linear4bit" in kinds) == four_bit
+        for name, weights in model.named_parameters():
+            if weights.dim() > 1 and weights.is_floating_point():
+                # A weight that was not found in the checkpoint would have another spread.
+                assert 0.015 < weights.std() < 0.025, name
+        rows[kind] = gpu.sweep(settings, kind, model, shape, tmp_path, sizes=(1, 2), use_cpu=True)
+        assert [row["batch_size"] for row in rows[kind]] == [1, 2]
+    comparison = gpu.report("A GPU", "smolvlm", 1e12, rows, tmp_path / "results")
+    assert comparison["equal_batch"].keys() == {1, 2}
+    assert comparison["limits"][15]["ours"]["batch_size"] == 2
+    written = json.loads((tmp_path / "results" / "A-GPU-smolvlm.json").read_text())
+    for row in written["stock"] + written["ours"]:
+        assert row["tflop_per_second"] > 0
+        assert row["share_of_rate"] == pytest.approx(row["tflop_per_second"])
+
+
+def test_gpu_keeps_what_it_measured_before_memory_ended(tmp_path, monkeypatch):
+    class Small(SharedPrefixDPOTrainer):
+        def _compute_loss(self, model, inputs, return_outputs):
+            if len(inputs["input_ids"]) > 2:
+                raise torch.OutOfMemoryError
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    monkeypatch.setitem(gpu.TRAINERS, "ours", Small)
+    model = train_step.random_frozen_model(TINY)
+    settings = PROFILES["smolvlm"]
+    rows = gpu.sweep(settings, "ours", model, TINY, tmp_path, sizes=(1, 2, 3), use_cpu=True)
+    assert [row["batch_size"] for row in rows] == [1]
+    assert torch._C._len_torch_dispatch_stack() == 0, "a FLOP counter is still on"
