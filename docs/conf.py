@@ -1,4 +1,7 @@
-"""The book: README and notebooks, with their committed outputs, as pages that need no network. `make book` builds it."""
+"""Configure the book: README and notebooks, with their committed outputs, as pages.
+
+`make book` builds it. The pages need no network.
+"""
 
 import json
 import re
@@ -12,6 +15,7 @@ from tools.notebooks import ROOT, home  # found because `python -m sphinx` start
 HOME = home()
 GITHUB = f"https://github.com/{HOME['repository']}"
 BADGE = re.compile(r"\[!\[([^]]*)\](?:\(https?:[^)]*\)|\[\w+\])\]")
+# A relative link, as in [text](folder/file#anchor): the file, and what follows it.
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)([^)\s]*)(?=\))")
 CONTENTS = (ROOT / "docs" / "contents.md").read_text(encoding="utf-8")
 
@@ -46,41 +50,54 @@ html_theme_options = {
 
 
 def prepare(app, docname, source):
-    """The source of a page as the book has it: no badge, links to files that are no page lead to GitHub, contents after the README."""
+    """Change the source of a page to what the book needs.
 
-    def address(match):
-        place = (ROOT / docname).parent.joinpath(match[1]).resolve()
-        if (
-            not place.exists()
-        ):  # no link but code, such as functions[0](x), or a wrong link, which Sphinx will name
+    Badges become links. Links to files that have no page lead to GitHub. The README gets the table
+    of contents.
+    """
+
+    def book_address(match):
+        file, anchor = match.groups()
+        place = (ROOT / docname).parent.joinpath(file).resolve()
+        # It is code, such as functions[0](x), or a wrong link, which Sphinx will name.
+        if not place.exists():
             return match[0]
         name = place.relative_to(ROOT).as_posix()
-        if place.suffix == ".png" or any(fnmatch(name, pattern) for pattern in include_patterns):
+        has_page = any(fnmatch(name, pattern) for pattern in include_patterns)
+        if has_page or place.suffix == ".png":
             return match[0]
-        return f"{GITHUB}/{'tree' if place.is_dir() else 'blob'}/{HOME['branch']}/{name}{match[2]}"
+        kind = "tree" if place.is_dir() else "blob"
+        return f"{GITHUB}/{kind}/{HOME['branch']}/{name}{anchor}"
 
-    text = numbered(source[0], docname) if docname.startswith("notebooks/") else source[0]
-    text = BADGE.sub(r"[\1]", text)  # as pictures they would be fetched from another host
-    source[0] = LINK.sub(address, text) + (f"\n\n{CONTENTS}" if docname == root_doc else "")
+    text = source[0]
+    if docname.startswith("notebooks/"):
+        text = numbered(text, docname)
+    text = BADGE.sub(r"[\1]", text)  # as images they would be fetched from another host
+    text = LINK.sub(book_address, text)
+    if docname == root_doc:
+        text += f"\n\n{CONTENTS}"
+    source[0] = text
 
 
 def numbered(text, docname):
-    """A notebook with its number in the title, as the texts speak of it, and its set-up cell folded."""
+    """Return a notebook with its number in the title, and its set-up cell folded."""
     notebook = json.loads(text)
+    number = docname.removeprefix("notebooks/")[:2]
     title = notebook["cells"][0]["source"]
-    title[0] = title[0].replace("# ", f"# {docname.partition('/')[2][:2]} · ", 1)
+    title[0] = title[0].replace("# ", f"# {number} · ", 1)
     setup_cell = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     setup_cell["metadata"]["tags"] = ["hide-input"]
     return json.dumps(notebook, ensure_ascii=False)
 
 
 def finish(app, error):
-    """The front page is also index.html, which a folder's address shows."""
+    """Copy the front page to index.html, which a folder's address shows."""
     if not error and app.builder.name == "html":
         shutil.copy(app.outdir / "README.html", app.outdir / "index.html")
 
 
 def setup(app):
+    """Connect the functions above to Sphinx, which calls this one by its name."""
     app.add_lexer("python", IPython3Lexer)  # code cells may hold `!git` and `%pip`
     app.connect("source-read", prepare)
     app.connect("build-finished", finish)

@@ -37,10 +37,10 @@ from embedded.scenes import (
 )
 
 # 9 × 9 patches. 3 × 3 of them make one image token, so every cell of the grid gets one token.
-SIDE = 72
+INPUT_SIDE = 72
 PATCH = 8
 SHUFFLE = 3
-GRID = SIDE // PATCH
+GRID = INPUT_SIDE // PATCH
 IMAGE_TOKENS = (GRID // SHUFFLE) ** 2
 WIDTH = 128
 # What is planted: the share of absent companions that are named, and the share of objects that
@@ -99,8 +99,8 @@ def make_processor():
     )
     image_processor = Idefics3ImageProcessorPil(
         do_image_splitting=False,
-        size={"longest_edge": SIDE},
-        max_image_size={"longest_edge": SIDE},
+        size={"longest_edge": INPUT_SIDE},
+        max_image_size={"longest_edge": INPUT_SIDE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
@@ -131,7 +131,7 @@ def make_model(processor):
         "intermediate_size": 384,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "image_size": SIDE,
+        "image_size": INPUT_SIDE,
         "patch_size": PATCH,
     }
     config = Idefics3Config(
@@ -156,7 +156,7 @@ def make_model(processor):
 def draw_scenes(seed, count):
     """Return `count` scenes and their images at the size that the processor gives them.
 
-    The images are uint8 (count, 3, SIDE, SIDE).
+    The images are uint8 (count, 3, INPUT_SIDE, INPUT_SIDE).
     """
     with ProcessPoolExecutor(2) as pool:
         drawn = list(pool.map(partial(_draw_small, seed), range(count), chunksize=200))
@@ -167,7 +167,9 @@ def draw_scenes(seed, count):
 
 def _draw_small(seed, index):
     objects, image = scene_and_image(seed, index)
-    small = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)  # as the processor resizes
+    small = image.resize(
+        (INPUT_SIDE, INPUT_SIDE), Image.Resampling.LANCZOS
+    )  # as the processor resizes
     return objects, np.asarray(small).transpose(2, 0, 1)
 
 

@@ -45,7 +45,7 @@ INSTRUCTION_STEPS = 1000
 TRAIN_SCENES = 1350
 TEST_SCENES = 500
 SAMPLES = 8  # answers per scene and question
-FEATURES = Features(
+COLUMN_TYPES = Features(
     {
         "ds_name": Value("string"),
         "image": Image(),
@@ -188,7 +188,7 @@ def build_dataset(settings, model, processor, folder):
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}
     for name, content in rows.items():
-        splits[name] = Dataset.from_list(content, features=FEATURES)
+        splits[name] = Dataset.from_list(content, features=COLUMN_TYPES)
         splits[name].to_parquet(folder / f"{name}-00000-of-00001.parquet")
     return splits
 

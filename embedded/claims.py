@@ -29,8 +29,11 @@ def mentions(text):
 
     "a red cup and two mugs" gives ["cup", "cup"].
     """
-    words = [word.lower() for word in _WORDS.findall(text)]
-    return [_CATEGORY[word] for word in words if word in _CATEGORY]
+    named = []
+    for word in _WORDS.findall(text):
+        if word.lower() in _CATEGORY:
+            named.append(_CATEGORY[word.lower()])
+    return named
 
 
 def claims(text):
@@ -100,15 +103,17 @@ def is_right(claim, objects):
 
 def wrong_spans(text, objects):
     """Return the (start, end) characters of the wrong claims in `text`, for marking them."""
-    wrong = [claim for claim in claims(text) if not is_right(claim, objects)]
-    return [(claim["start"], claim["end"]) for claim in wrong]
+    spans = []
+    for claim in claims(text):
+        if not is_right(claim, objects):
+            spans.append((claim["start"], claim["end"]))
+    return spans
 
 
 def left_out(text, objects):
     """Return the categories of the scene that `text` does not name."""
     named = mentions(text)
-    present = [thing["category"] for thing in objects]
-    return [category for category in present if category not in named]
+    return [thing["category"] for thing in objects if thing["category"] not in named]
 
 
 def as_question(claim):

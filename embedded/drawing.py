@@ -57,21 +57,21 @@ class Pen:
             draw_shape(points, fill=fill, outline=line, width=pixels, **more)
 
 
-def cup(pen, color, dark, light):
+def draw_cup(pen, color, dark, light):
     pen.shape("ellipse", (0.3, -0.35, 0.95, 0.4), line=dark, width=0.17)
     pen.shape("rounded_rectangle", (-0.75, -0.6, 0.55, 0.8), color, dark, radius=pen.radius * 0.25)
     pen.shape("ellipse", (-0.75, -0.76, 0.55, -0.4), light, dark)
     pen.shape("ellipse", (-0.6, -0.68, 0.4, -0.46), WOOD)
 
 
-def bottle(pen, color, dark, light):
+def draw_bottle(pen, color, dark, light):
     pen.shape("rectangle", (-0.16, -0.95, 0.16, -0.3), color, dark)
     pen.shape("rectangle", (-0.22, -1.0, 0.22, -0.78), INK)
     pen.shape("rounded_rectangle", (-0.45, -0.4, 0.45, 0.95), color, dark, radius=pen.radius * 0.22)
     pen.shape("rectangle", (-0.43, 0.08, 0.43, 0.58), PAPER)
 
 
-def chair(pen, color, dark, light):
+def draw_chair(pen, color, dark, light):
     for x in (-0.55, 0.45):
         pen.shape("rectangle", (x, 0.3, x + 0.14, 0.98), dark)
     pen.shape("rounded_rectangle", (-0.6, -0.95, 0.64, 0.2), color, dark, radius=pen.radius * 0.12)
@@ -80,7 +80,7 @@ def chair(pen, color, dark, light):
     pen.shape("rounded_rectangle", (-0.72, 0.14, 0.76, 0.42), light, dark, radius=pen.radius * 0.1)
 
 
-def book(pen, color, dark, light):
+def draw_book(pen, color, dark, light):
     pen.shape("polygon", (-0.62, 0.62, -0.42, 0.9, 0.86, 0.9, 0.66, 0.62), PAPER, dark)
     pen.shape("polygon", (0.66, -0.84, 0.86, -0.56, 0.86, 0.9, 0.66, 0.62), PAPER, dark)
     pen.shape("rectangle", (-0.7, -0.84, 0.66, 0.64), color, dark)
@@ -88,14 +88,14 @@ def book(pen, color, dark, light):
     pen.shape("rectangle", (-0.26, -0.54, 0.46, -0.14), PAPER)
 
 
-def kite(pen, color, dark, light):
+def draw_kite(pen, color, dark, light):
     pen.shape("line", (0, 0.55, 0.22, 0.7, -0.1, 0.84, 0.24, 1.0), line=INK, width=0.07)
     pen.shape("polygon", (0, -1.0, 0.62, -0.28, 0, 0.6, -0.62, -0.28), color, dark)
     pen.shape("polygon", (0, -1.0, 0.62, -0.28, 0, -0.28), light)
     pen.shape("polygon", (0, 0.6, -0.62, -0.28, 0, -0.28), light)
 
 
-def bird(pen, color, dark, light):
+def draw_bird(pen, color, dark, light):
     pen.shape("line", (-0.1, 0.5, -0.1, 0.92, 0.1, 0.92), line=INK)
     pen.shape("line", (0.16, 0.5, 0.16, 0.92, 0.36, 0.92), line=INK)
     pen.shape("polygon", (-0.95, -0.3, -0.4, 0.0, -0.45, 0.4), dark)
@@ -106,7 +106,7 @@ def bird(pen, color, dark, light):
     pen.shape("pieslice", (-0.5, -0.4, 0.3, 0.45), light, dark, start=0, end=180)
 
 
-def apple(pen, color, dark, light):
+def draw_apple(pen, color, dark, light):
     pen.shape("ellipse", (-0.85, -0.5, 0.2, 0.8), dark)
     pen.shape("ellipse", (-0.2, -0.5, 0.85, 0.8), dark)
     pen.shape("ellipse", (-0.79, -0.44, 0.2, 0.74), color)
@@ -116,14 +116,14 @@ def apple(pen, color, dark, light):
     pen.shape("ellipse", (0.1, -0.95, 0.65, -0.62), LEAF)
 
 
-def bowl(pen, color, dark, light):
+def draw_bowl(pen, color, dark, light):
     pen.shape("rectangle", (-0.35, 0.55, 0.35, 0.78), dark)
     pen.shape("pieslice", (-0.95, -0.95, 0.95, 0.7), color, dark, start=0, end=180)
     pen.shape("ellipse", (-0.95, -0.34, 0.95, 0.12), light, dark)
     pen.shape("ellipse", (-0.76, -0.24, 0.76, 0.03), PAPER)
 
 
-def umbrella(pen, color, dark, light):
+def draw_umbrella(pen, color, dark, light):
     pen.shape("line", (0, -0.2, 0, 0.75), line=INK, width=0.1)
     pen.shape("arc", (0, 0.5, 0.42, 0.98), line=INK, width=0.1, start=0, end=180)
     pen.shape("pieslice", (-0.98, -0.92, 0.98, 0.9), color, dark, start=180, end=360)
@@ -131,7 +131,7 @@ def umbrella(pen, color, dark, light):
     pen.shape("line", (0, -1.0, 0, -0.88), line=INK, width=0.1)
 
 
-def car(pen, color, dark, light):
+def draw_car(pen, color, dark, light):
     pen.shape("polygon", (-0.6, -0.08, -0.36, -0.58, 0.3, -0.58, 0.62, -0.08), color, dark)
     pen.shape("polygon", (-0.44, -0.08, -0.28, -0.44, -0.06, -0.44, -0.06, -0.08), PAPER)
     pen.shape("polygon", (0.04, -0.08, 0.04, -0.44, 0.23, -0.44, 0.44, -0.08), PAPER)
@@ -143,7 +143,7 @@ def car(pen, color, dark, light):
         pen.shape("ellipse", (x - 0.1, 0.3, x + 0.1, 0.5), PAPER)
 
 
-def clock(pen, color, dark, light):
+def draw_clock(pen, color, dark, light):
     pen.shape("ellipse", (-0.88, -0.88, 0.88, 0.88), color, dark)
     pen.shape("ellipse", (-0.62, -0.62, 0.62, 0.62), PAPER, dark)
     for hour in range(0, 12, 3):
@@ -152,7 +152,7 @@ def clock(pen, color, dark, light):
     pen.shape("line", (0, -0.44, 0, 0, 0.3, 0.18), line=INK, width=0.11)
 
 
-def vase(pen, color, dark, light):
+def draw_vase(pen, color, dark, light):
     for x, y in ((-0.42, -0.72), (0.0, -0.88), (0.42, -0.72)):
         pen.shape("line", (x, y, 0, 0), line=LEAF, width=0.09)
         pen.shape("ellipse", (x - 0.17, y - 0.12, x + 0.17, y + 0.2), PAPER, INK, width=0.04)
@@ -163,18 +163,18 @@ def vase(pen, color, dark, light):
 
 
 DRAWERS = {
-    "cup": cup,
-    "bottle": bottle,
-    "chair": chair,
-    "book": book,
-    "kite": kite,
-    "bird": bird,
-    "apple": apple,
-    "bowl": bowl,
-    "umbrella": umbrella,
-    "car": car,
-    "clock": clock,
-    "vase": vase,
+    "cup": draw_cup,
+    "bottle": draw_bottle,
+    "chair": draw_chair,
+    "book": draw_book,
+    "kite": draw_kite,
+    "bird": draw_bird,
+    "apple": draw_apple,
+    "bowl": draw_bowl,
+    "umbrella": draw_umbrella,
+    "car": draw_car,
+    "clock": draw_clock,
+    "vase": draw_vase,
 }
 CATEGORIES = list(DRAWERS)
 

@@ -19,7 +19,7 @@ from utils.images import read_image
 from utils.models import load_model, load_processor
 from utils.progress import progress
 
-PAIRS = "pairs.jsonl"
+PAIRS_FILE = "pairs.jsonl"
 ENOUGH = 20  # with pairs about fewer images than this, a warning is printed
 
 
@@ -72,7 +72,7 @@ def in_batches(folder, names, question, size):
         yield part, rows
 
 
-def sample(profile, folder, names, question, samples):
+def sample_answers(profile, folder, names, question, samples):
     """Return `samples` answers of the profile's model for every image, as a list of lists."""
     processor = load_processor(profile)
     model = load_model(profile)
@@ -85,7 +85,7 @@ def sample(profile, folder, names, question, samples):
     return answers
 
 
-def judge(profile, folder, names, question, answers):
+def count_rejections(profile, folder, names, question, answers):
     """Count the sentences of each answer that the profile's model rejects, nested as `answers`."""
     processor = load_processor(profile)
     model = load_model(profile)
@@ -96,7 +96,7 @@ def judge(profile, folder, names, question, answers):
     return counts
 
 
-def write_pairs(path, pairs, names):
+def save_pairs(path, pairs, names):
     """Write one line per pair with the name of its image."""
     lines = []
     for pair in pairs:
@@ -123,7 +123,7 @@ def parse(arguments=None):
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.make_pairs",
-        description=f"Make preference pairs from a folder of images. Writes FOLDER/{PAIRS}.",
+        description=f"Make preference pairs from a folder of images. Writes FOLDER/{PAIRS_FILE}.",
     )
     parser.add_argument("folder", type=Path, help="folder of images; subfolders are included")
     parser.add_argument(
@@ -149,7 +149,7 @@ def parse(arguments=None):
 def main(arguments=None):
     """Make the pairs that the command line asks for."""
     options = parse(arguments)
-    target = options.folder / PAIRS
+    target = options.folder / PAIRS_FILE
     if target.exists():
         raise SystemExit(f"{target} already exists: move it away to make new pairs")
     try:
@@ -160,15 +160,15 @@ def main(arguments=None):
         raise SystemExit(str(error)) from None
     print(f"{len(names)} images; {len(problems)} left out", *problems, sep="\n  ", flush=True)
 
-    answers = sample(answering, options.folder, names, options.question, options.samples)
-    counts = judge(judging, options.folder, names, options.question, answers)
+    answers = sample_answers(answering, options.folder, names, options.question, options.samples)
+    counts = count_rejections(judging, options.folder, names, options.question, answers)
     rows = [{"question": options.question}] * len(names)
     pairs = pairing.pair_all(rows, answers, counts, random.Random(answering.seed))
     try:
         balanced, _ = pairing.balance_by_threshold(pairs)
     except ValueError as error:
         raise SystemExit(f"{error}. More --samples may help, or another --judge") from None
-    write_pairs(target, balanced, names)
+    save_pairs(target, balanced, names)
 
     used = len({pair["row"] for pair in balanced})
     sampled = sum(map(len, answers))

@@ -219,5 +219,5 @@ def test_the_command_line_takes_another_folder_to_write_to(folder):
 
 def test_the_command_line_says_what_is_wrong(folder):
     write_csv(folder, ["broken.png", *GOOD[1:]])
-    with pytest.raises(SystemExit, match="line 2: .*broken"):
+    with pytest.raises(SystemExit, match=r"line 2: .*broken"):
         import_pairs.main([str(folder)])

@@ -1,22 +1,24 @@
-"""The file of cached reference log-probabilities. Whole runs: tests/slow/test_reference_cache_runs.py."""
+"""The file of cached log-probabilities. Whole runs: tests/slow/test_reference_cache_runs.py."""
 
-from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from both_trainers import SETTINGS, embedded_trainer
+from datasets import Dataset
 
-from utils import chat, preferences
 from utils.reference_cache import (
+    cache_key,
     collate_with_reference,
     read_log_probs,
     use_reference_cache,
     write_log_probs,
 )
-from utils.shared_prefix import SharedPrefixDPOTrainer
 
 LOG_PROBS = torch.tensor([[-1.5, -2.5], [-3.5, -4.5], [-5.5, -6.5]])
+
+
+# The file
 
 
 def cut_off(data):
@@ -47,32 +49,76 @@ def test_only_the_finished_file_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_rows_bring_their_values_into_the_batch():
-    def collate(rows):
-        return {"rows": rows}
+# The trainer, here one whose rows are numbers and whose log-probabilities follow from them
 
-    examples = [("first", LOG_PROBS[0]), ("second", LOG_PROBS[1])]
-    batch = collate_with_reference(collate, examples)
-    assert batch["rows"] == ["first", "second"]
-    assert batch["ref_chosen_logps"].tolist() == [-1.5, -3.5]
-    assert batch["ref_rejected_logps"].tolist() == [-2.5, -4.5]
-    assert collate_with_reference(collate, ["for evaluation"]) == {"rows": ["for evaluation"]}
+
+def collate_numbers(rows):
+    return {"number": torch.tensor([row["number"] for row in rows])}
+
+
+def save_processor(folder):
+    (Path(folder) / "processor.json").write_text("{}")
+
+
+class FakeTrainer:
+    train_dataset = Dataset.from_dict({"number": [1.0, 2.0, 3.0]})
+    data_collator = staticmethod(collate_numbers)
+    processing_class = SimpleNamespace(save_pretrained=save_processor)
+    ref_model = None
+
+    def __init__(self, **changes):
+        self.model = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(self.model.weight)
+        torch.nn.init.zeros_(self.model.bias)
+        arguments = {
+            "per_device_eval_batch_size": 2,
+            "max_length": None,
+            "truncation_mode": "keep_start",
+            "ld_alpha": None,
+            "bf16": False,
+            "fp16": False,
+        }
+        self.args = SimpleNamespace(**arguments | changes)
+        self.batches = 0
+
+    def _prepare_inputs(self, batch):
+        return batch
+
+    def compute_ref_log_probs(self, model, inputs):
+        self.batches += 1
+        return -inputs["number"], -2 * inputs["number"]
+
+
+def test_a_second_run_reads_what_the_first_computed(tmp_path):
+    first = FakeTrainer()
+    second = FakeTrainer()
+    path = use_reference_cache(first, tmp_path)
+    assert use_reference_cache(second, tmp_path) == path
+    assert (first.batches, second.batches) == (2, 0)
+    for trainer in (first, second):
+        batch = trainer.data_collator([trainer.train_dataset[2], trainer.train_dataset[0]])
+        assert batch["number"].tolist() == [3, 1]
+        assert batch["ref_chosen_logps"].tolist() == [-3, -1]
+        assert batch["ref_rejected_logps"].tolist() == [-6, -2]
+
+
+def test_rows_for_evaluation_bring_no_values():
+    batch = collate_with_reference(collate_numbers, [{"number": 4.0}])
+    assert list(batch) == ["number"]
+
+
+def test_the_key_changes_with_arguments_model_and_data():
+    other_model = FakeTrainer()
+    other_model.model.weight.data[0, 0] = 2
+    other_rows = FakeTrainer()
+    other_rows.train_dataset = FakeTrainer.train_dataset.select([2, 0])
+    trainers = [FakeTrainer(), FakeTrainer(max_length=90), other_model, other_rows]
+    assert len({cache_key(trainer) for trainer in trainers}) == 4
+    assert cache_key(FakeTrainer()) == cache_key(FakeTrainer(per_device_eval_batch_size=1))
 
 
 def test_streamed_rows_are_refused(tmp_path):
-    trainer = SimpleNamespace(train_dataset=iter(()), data_collator=None)
+    trainer = FakeTrainer()
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     with pytest.raises(ValueError, match="streaming"):
         use_reference_cache(trainer, tmp_path)
-
-
-def test_a_second_run_reads_what_the_first_computed(processor, tmp_path, monkeypatch):
-    rows = chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:3]"))
-    make = partial(embedded_trainer, processor, tmp_path, SharedPrefixDPOTrainer, rows)
-    cache = tmp_path / "cache"
-    first = use_reference_cache(make(per_device_eval_batch_size=2), cache)
-    assert read_log_probs(first).shape == (3, 2)
-    monkeypatch.setattr(
-        SharedPrefixDPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again")
-    )
-    assert use_reference_cache(make(seed=5), cache) == first
-    assert list(cache.iterdir()) == [first]

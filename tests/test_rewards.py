@@ -54,6 +54,11 @@ def trainer(processor, rows, tmp_path_factory):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def logps(trainer, processor, rows):
+    return rewards.pair_logps(SETTINGS, trainer.model, processor, rows)
+
+
 # by hand
 
 
@@ -119,8 +124,7 @@ def test_the_difference_of_logits_is_the_largest_of_one_and_the_mean_over_tokens
 # of a model
 
 
-def test_pair_logps_is_what_the_trainer_logs(trainer, processor, rows):
-    logps = rewards.pair_logps(SETTINGS, trainer.model, processor, rows)
+def test_pair_logps_is_what_the_trainer_logs(trainer, rows, logps):
     ours = rewards.rewards(logps, SETTINGS.beta)
     logged = trainer.evaluate(rows)
     for values in logps.values():
@@ -134,8 +138,7 @@ def test_pair_logps_is_what_the_trainer_logs(trainer, processor, rows):
     assert abs(ours["margin"]).min() > 1e-3, "margins of 0 would hide a mistake"
 
 
-def test_pair_logps_counts_the_answers_tokens(trainer, processor, rows):
-    logps = rewards.pair_logps(SETTINGS, trainer.model, processor, rows)
+def test_pair_logps_counts_the_answers_tokens(processor, rows, logps):
     counts = chat.check_tokens(rows[3], processor)
     assert logps["chosen_tokens"][3] == counts["chosen_tokens"]
     assert logps["rejected_tokens"][3] == counts["rejected_tokens"]
@@ -144,16 +147,15 @@ def test_pair_logps_counts_the_answers_tokens(trainer, processor, rows):
 @pytest.mark.parametrize("training_mode", [True, False])
 def test_pair_logps_leaves_the_model_as_it_was(training_mode, trainer, processor, rows):
     trainer.model.train(training_mode)
-    logps = rewards.pair_logps(SETTINGS, trainer.model, processor, rows.select([0]))
+    of_one = rewards.pair_logps(SETTINGS, trainer.model, processor, rows.select([0]))
     assert trainer.model.training is training_mode
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert trainable
     assert all(parameter.grad is None for parameter in trainable)
-    assert logps["chosen"] != logps["reference_chosen"]
+    assert of_one["chosen"] != of_one["reference_chosen"]
 
 
-def test_answer_logits_hold_one_row_per_answer_token(trainer, processor, rows):
-    logps = rewards.pair_logps(SETTINGS, trainer.model, processor, rows)
+def test_answer_logits_hold_one_row_per_answer_token(trainer, processor, rows, logps):
     logits = rewards.answer_logits(trainer.model, processor, list(rows))
     assert logits.dtype == torch.float32
     assert not logits.requires_grad

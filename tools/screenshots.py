@@ -1,4 +1,7 @@
-"""The README's pictures, taken again in JupyterLab from the embedded data: `python -m tools.screenshots [FOLDER]`. Needs a Chromium."""
+"""Take the README's picture of the pair browser again: `python -m tools.screenshots [FOLDER]`.
+
+It is taken in JupyterLab, on the embedded data set. Needs a Chromium.
+"""
 
 import io
 import sys
@@ -18,39 +21,40 @@ from tests.browser import (
 )
 from tools.notebooks import ROOT
 
-START = "from utils import display, preferences, sliders\nfrom utils.settings import PROFILES\nsettings = PROFILES['embedded']"
-CELLS = {  # name of the picture → what it shows
-    "pair_browser": "display.browse(preferences.load(settings.dataset, settings.train_split))",
-    "memory_sliders": "sliders.memory_sliders(PROFILES['smolvlm'])",
-}
-COLOURS = 128  # enough for drawings, and a third of the bytes
+CELL = """
+from utils import display, preferences
+from utils.settings import PROFILES
+
+settings = PROFILES["embedded"]
+display.browse(preferences.load(settings.dataset, settings.train_split))
+"""
+COLORS = 128  # enough for drawings, and a third of the bytes
 
 
 def take(place, file):
-    """Write what the page shows at `place` to `file`, without the empty margin on the right and below."""
-    picture = Image.open(io.BytesIO(place.screenshot())).convert("RGB")
-    _, background = max(picture.getcolors(picture.width * picture.height))
-    _, _, right, bottom = ImageChops.difference(
-        picture, Image.new("RGB", picture.size, background)
-    ).getbbox()
-    picture.crop((0, 0, min(right + 8, picture.width), bottom)).quantize(COLOURS).save(
-        file, optimize=True
-    )
+    """Write what the page shows at `place` to `file`, without the margin on the right and below."""
+    image = Image.open(io.BytesIO(place.screenshot())).convert("RGB")
+    colors = image.getcolors(image.width * image.height)
+    _, background = max(colors)  # the most frequent
+    empty = Image.new("RGB", image.size, background)
+    _, _, right, bottom = ImageChops.difference(image, empty).getbbox()
+    cropped = image.crop((0, 0, min(right + 8, image.width), bottom))
+    cropped.quantize(COLORS).save(file, optimize=True)
 
 
 def main(folder):
+    """Write pair_browser.png to `folder`."""
     with tempfile.TemporaryDirectory() as place:
-        notebook = new_notebook(Path(place) / "screenshots.ipynb", [START, *CELLS.values()])
+        notebook = new_notebook(Path(place) / "screenshots.ipynb", [CELL.strip()])
         with jupyter_lab(place) as address, browser_page() as (page, _):
-            page.set_viewport_size(
-                {"width": 1280, "height": 1600}
-            )  # all of it at once: at the lower edge runs a line of JupyterLab's
+            # All of it at once: at the lower edge runs a line of JupyterLab's.
+            page.set_viewport_size({"width": 1280, "height": 1600})
             open_notebook(page, address(notebook.name))
             command(page, "application:toggle-left-area")  # the list of files
             run_all(page)
-            for cell, name in enumerate(CELLS, 2):  # the first two show nothing
-                output(page, cell).locator("img").wait_for()
-                take(output(page, cell).locator(".widget-vbox"), folder / f"{name}.png")
+            shown = output(page, 1)  # the first cell finds the repository
+            shown.locator("img").wait_for()
+            take(shown.locator(".widget-vbox"), folder / "pair_browser.png")
 
 
 if __name__ == "__main__":

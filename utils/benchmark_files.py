@@ -11,12 +11,12 @@ from pathlib import Path
 from utils.hallucination import caption_mentions
 
 # Where each file comes from, for those who do not have it yet.
-OWN_ANSWERS = "your own run, which writes the model's answers there"
-POPE = "github.com/AoiDragon/POPE: output/coco/{name}"
-AMBER = "github.com/junyangwang0410/AMBER: data/{name}"
-AMBER_QUERIES = "github.com/junyangwang0410/AMBER: data/query/{name}"
-COCO = "images.cocodataset.org/annotations/annotations_trainval2014.zip: annotations/{name}"
-SYNONYMS = "github.com/LisaAnne/Hallucination: data/synonyms.txt"
+ANSWERS_SOURCE = "your own run, which writes the model's answers there"
+POPE_SOURCE = "github.com/AoiDragon/POPE: output/coco/{name}"
+AMBER_SOURCE = "github.com/junyangwang0410/AMBER: data/{name}"
+AMBER_QUERIES_SOURCE = "github.com/junyangwang0410/AMBER: data/query/{name}"
+COCO_SOURCE = "images.cocodataset.org/annotations/annotations_trainval2014.zip: annotations/{name}"
+SYNONYMS_SOURCE = "github.com/LisaAnne/Hallucination: data/synonyms.txt"
 
 
 def write_json(path, value):
@@ -117,7 +117,8 @@ def read_pope(path):
 
     Returns [{"question_id", "image", "text", "label"}]. The label is "yes" or "no".
     """
-    rows = _json_lines(path, POPE, {"question_id": int, "image": str, "text": str, "label": str})
+    keys = {"question_id": int, "image": str, "text": str, "label": str}
+    rows = _json_lines(path, POPE_SOURCE, keys)
     for number, row in enumerate(rows, start=1):
         if row["label"] not in ("yes", "no"):
             raise ValueError(
@@ -133,7 +134,7 @@ def read_pope_answers(path, questions):
     alone. Here each line must repeat its question, upper and lower case apart, so that a shifted
     file is an error and not a score.
     """
-    rows = _json_lines(path, OWN_ANSWERS, {"question": str, "answer": str})
+    rows = _json_lines(path, ANSWERS_SOURCE, {"question": str, "answer": str})
     # The lengths are compared last: the first line that does not match says more.
     for number, (row, asked) in enumerate(zip(rows, questions, strict=False), start=1):
         if row["question"].strip().lower() != asked["text"].strip().lower():
@@ -152,7 +153,7 @@ def read_pope_answers(path, questions):
 
 def read_amber_queries(path):
     """Read AMBER's questions, e.g. query/query_all.json: [{"id", "image", "query"}]."""
-    return _json_list(path, AMBER_QUERIES, {"id": int, "image": str, "query": str})
+    return _json_list(path, AMBER_QUERIES_SOURCE, {"id": int, "image": str, "query": str})
 
 
 def read_amber(folder):
@@ -164,16 +165,16 @@ def read_amber(folder):
     """
     folder = Path(folder)
     path = folder / "annotations.json"
-    annotations = _json_list(path, AMBER, {"id": int, "type": str, "truth": object})
+    annotations = _json_list(path, AMBER_SOURCE, {"id": int, "type": str, "truth": object})
     for number, row in enumerate(annotations, start=1):
         _check_annotation(row, number, f"{path}, entry {number}")
     path = folder / "relation.json"
-    associations = _decoded(_text(path, AMBER), path)
+    associations = _decoded(_text(path, AMBER_SOURCE), path)
     well_formed = isinstance(associations, dict)
     well_formed = well_formed and all(isinstance(words, list) for words in associations.values())
     if not well_formed:
         raise ValueError(f"{path}: must be one object {{name: [words]}}")
-    return annotations, associations, _lines(folder / "safe_words.txt", AMBER)
+    return annotations, associations, _lines(folder / "safe_words.txt", AMBER_SOURCE)
 
 
 def _check_annotation(row, number, where):
@@ -195,7 +196,7 @@ def read_amber_responses(path):
 
     `hallucination.amber_discriminative` checks the ids.
     """
-    return _json_list(path, OWN_ANSWERS, {"id": int, "response": str})
+    return _json_list(path, ANSWERS_SOURCE, {"id": int, "response": str})
 
 
 def read_captions(path):
@@ -205,7 +206,7 @@ def read_captions(path):
     string "42" it would match no truth, and its whole caption would count as hallucinated.
     """
     read = _json_lines if str(path).endswith(".jsonl") else _json_list
-    return read(path, OWN_ANSWERS, {"image_id": int, "caption": str})
+    return read(path, ANSWERS_SOURCE, {"image_id": int, "caption": str})
 
 
 def read_synonyms(path):
@@ -216,7 +217,7 @@ def read_synonyms(path):
     caption contains. If two lines have the same word, the later one wins.
     """
     synonyms = {}
-    for line in _lines(path, SYNONYMS):
+    for line in _lines(path, SYNONYMS_SOURCE):
         words = line.strip().split(", ")
         for word in words:
             synonyms[word] = words[0]
@@ -237,7 +238,7 @@ def read_coco(folder, synonyms, singular):
         _add_segmented(truths, folder / f"instances_{split}.json", synonyms)
         path = folder / f"captions_{split}.json"
         sections = {"annotations": {"image_id": int, "caption": str}}
-        for row in _json_object(path, COCO, sections)["annotations"]:
+        for row in _json_object(path, COCO_SOURCE, sections)["annotations"]:
             named = caption_mentions(row["caption"], synonyms, singular)
             truths.setdefault(row["image_id"], set()).update(named)
     return truths
@@ -249,7 +250,7 @@ def _add_segmented(truths, path, synonyms):
         "categories": {"id": int, "name": str},
         "annotations": {"image_id": int, "category_id": int},
     }
-    instances = _json_object(path, COCO, sections)
+    instances = _json_object(path, COCO_SOURCE, sections)
     names = {row["id"]: row["name"] for row in instances["categories"]}
     unknown = sorted(set(names.values()) - set(synonyms))
     if unknown:

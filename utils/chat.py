@@ -244,8 +244,9 @@ def check_tokens(row, processor):
         "prompt_tokens": len(expected),
         "image_tokens": expected.count(image_token_id(processor)),
     }
-    shortest = {"image": None, "question": "q", "chosen": "a", "rejected": "a"}
-    turn_end = render(shortest, processor)["chosen"].rpartition("a")[2].strip()
+    known = "An answer."
+    sample = {"image": None, "question": "A question?", "chosen": known, "rejected": known}
+    turn_end = render(sample, processor)["chosen"].rpartition(known)[2].strip()
     for number, name in enumerate(ANSWERS):
         ids = batch["input_ids"][number]
         real = batch["attention_mask"][number].bool()

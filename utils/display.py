@@ -39,18 +39,6 @@ def show(html_text, text):
     display({"text/html": html_text, "text/plain": text}, raw=True)
 
 
-def show_widget(widget, html_text, text):
-    """Display `widget`; without a kernel, `html_text` or plain `text` remains."""
-    # display(widget) offers no HTML to those who open the notebook without a kernel.
-    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
-    bundle = {
-        "application/vnd.jupyter.widget-view+json": view,
-        "text/html": html_text,
-        "text/plain": text,
-    }
-    display(bundle, raw=True)
-
-
 # Text and images
 
 
@@ -235,8 +223,15 @@ def browse(rows):
     controls = ipywidgets.HBox(
         [previous_button, next_button, number], layout={"flex_flow": "row wrap"}
     )
-    text = f"{count} preference pairs. Run this cell to leaf through them."
-    show_widget(ipywidgets.VBox([controls, page]), first, text)
+    box = ipywidgets.VBox([controls, page])
+    # display(box) offers no HTML to those who open the notebook without a kernel.
+    view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    bundle = {
+        "application/vnd.jupyter.widget-view+json": view,
+        "text/html": first,
+        "text/plain": f"{count} preference pairs. Run this cell to leaf through them.",
+    }
+    display(bundle, raw=True)
 
 
 # Answers side by side

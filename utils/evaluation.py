@@ -104,6 +104,7 @@ def ask(settings, model, processor, images, questions, adapter=True):
     `questions` holds one question per image for every kind: {"present": [...], "random": [...],
     "popular": [...], "adversarial": [...]}. Without the `adapter` the base model answers.
     """
+    # Descriptions may be as long as the settings say.
     describe = [DESCRIBE] * len(images)
     descriptions = answer(settings, model, processor, images, describe, adapter)
     replies = {}

@@ -40,7 +40,7 @@ AMBER_DIMENSIONS = {  # type in annotations.json → the dimensions it counts fo
     "discriminative-relation": ["relation"],
     "relation": ["relation"],
 }
-SIMILAR = 0.8  # AMBER takes two words for one when they are more alike than this
+SIMILARITY_THRESHOLD = 0.8  # AMBER takes words for the same when they are more alike than this
 
 
 def chair_counts(mentioned, truths):
@@ -342,6 +342,6 @@ def _first_similar(noun, words, similar):
     if similar is None:
         return None
     for word, number in words:
-        if similar(noun, word) > SIMILAR:
+        if similar(noun, word) > SIMILARITY_THRESHOLD:
             return number
     return None

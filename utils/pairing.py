@@ -35,6 +35,7 @@ def model_judge(settings, model, processor, claims, rows, as_question=None):
             images.append(row["image"])
             questions.append(question)
         wanted.append((numbers[key], expected))
+
     probabilities = yes_and_no(settings, model, processor, images, questions)
     verdicts = []
     for number, expected in wanted:
@@ -75,6 +76,7 @@ def rejections(answers, rows, judge, split):
     `split(text)` returns the claims of a text. Raises ValueError if the judge does not give one
     verdict for each claim.
     """
+    # One list of all claims, so that a model can judge them in full batches.
     claims = []
     rows_of_claims = []
     claims_per_answer = []
@@ -85,7 +87,6 @@ def rejections(answers, rows, judge, split):
             rows_of_claims.extend([row] * len(made))
             claims_per_answer.append(len(made))
 
-    # One call with all claims, so that a model can judge them in full batches.
     verdicts = judge(claims, rows_of_claims)
     if len(verdicts) != len(claims):
         raise ValueError(
@@ -93,6 +94,7 @@ def rejections(answers, rows, judge, split):
             "it must return one verdict per claim, in the order of the claims"
         )
 
+    # Count answer by answer: each has the next verdicts, as many as it has claims.
     sizes = iter(claims_per_answer)
     start = 0
     counts = []
@@ -172,6 +174,7 @@ def balance_by_threshold(pairs):
     best = None
     for step in range(50):
         threshold = step / 50
+        # The pairs that go first are those that teach most strongly to prefer a short answer.
         kept = [pair for pair, share in zip(pairs, shares, strict=True) if share <= threshold]
         if not kept:
             continue
@@ -197,7 +200,7 @@ def balance_at_random(pairs, rng):
     kept = []
     for pair in pairs:
         words = gap(pair)
-        same_side = words * total > 0
+        same_side = words * total > 0  # this pair is part of what is too long
         if same_side and abs(total - words) < abs(total):
             total -= words
         else:
@@ -212,5 +215,5 @@ def to_dataset(scenes, pairs):
     """
     rows = [pair["row"] for pair in pairs]
     images = scenes.select_columns(["image"]).select(rows)
-    texts = Dataset.from_list([{column: pair[column] for column in TEXT_COLUMNS} for pair in pairs])
+    texts = Dataset.from_list(pairs).select_columns(list(TEXT_COLUMNS))
     return concatenate_datasets([images, texts], axis=1)

@@ -81,7 +81,7 @@ CONTROLS = """
 interact(
     chart,
     profile=list(PROFILES),
-    precision=memory.PRECISIONS,
+    precision=list(memory.PRECISIONS),
     rank=BoundedIntText(own.lora_rank, 1, 256),
     side=BoundedIntText(own_side, 28, 1960),
     pairs=BoundedIntText(own.batch_size, 1, 32),
@@ -138,16 +138,23 @@ def place(page, cell):
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
-    """A notebook that JupyterLab has run: its page, the errors of its scripts, and its file."""
+def lab(tmp_path_factory):
+    """A folder that JupyterLab serves, what gives a notebook's address, a page and its errors."""
     folder = tmp_path_factory.mktemp("browser")
-    file = new_notebook(folder / "widgets.ipynb", [cell.strip() for cell in CELLS])
     with jupyter_lab(folder) as address, browser_page() as (page, errors):
-        open_notebook(page, address(file.name))
-        # The list of files leaves a narrow window no room.
-        command(page, "application:toggle-left-area")
-        run_all(page)
-        yield page, errors, file
+        yield folder, address, page, errors
+
+
+@pytest.fixture(scope="module")
+def notebook(lab):
+    """A notebook that JupyterLab has run: its page, the errors of its scripts, and its file."""
+    folder, address, page, errors = lab
+    file = new_notebook(folder / "widgets.ipynb", [cell.strip() for cell in CELLS])
+    open_notebook(page, address(file.name))
+    # The list of files leaves a narrow window no room.
+    command(page, "application:toggle-left-area")
+    run_all(page)
+    return page, errors, file
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +200,17 @@ def chart(page, cell):
 
 def wait_for_chart(page, words):
     place(page, CONTROLS).locator(f'img[alt*="{words}"]').wait_for()
+
+
+def test_an_error_in_a_cell_is_noticed(lab):
+    """Or a notebook that stops early would look fine below."""
+    folder, address, page, _ = lab
+    file = new_notebook(folder / "wrong.ipynb", ["raise ValueError('a cup')"])
+    wrong = page.context.new_page()
+    open_notebook(wrong, address(file.name))
+    with pytest.raises(AssertionError, match="a cup"):
+        run_all(wrong)
+    wrong.close()
 
 
 def test_the_kernel_is_this_python(notebook):

@@ -1,4 +1,4 @@
-"""Cached reference log-probabilities: the same run, and a key that changes with what they depend on."""
+"""Cached reference log-probabilities: the same run, and a key for all that they depend on."""
 
 import pytest
 import torch
@@ -96,7 +96,9 @@ def test_the_key_changes_with_model_data_processor_and_settings_but_not_with_the
 
 
 def test_a_damaged_file_can_be_deleted_and_is_computed_again(make, rows, tmp_path):
-    path = use_reference_cache(make(rows), tmp_path / "cache")
+    trainer = make(rows)
+    trainer.data_collator(list(rows.select(range(2))))  # the key depends on the last padding
+    path = use_reference_cache(trainer, tmp_path / "cache")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"{path.name} is damaged"):
         use_reference_cache(make(rows), tmp_path / "cache")
@@ -104,8 +106,13 @@ def test_a_damaged_file_can_be_deleted_and_is_computed_again(make, rows, tmp_pat
     assert use_reference_cache(make(rows), tmp_path / "cache") == path
 
 
-def test_streamed_rows_are_refused(make, tmp_path):
-    stream = preferences.load(SETTINGS.dataset, "train[:16]").to_iterable_dataset()
-    trainer = make(chat.format_dataset(stream), dataloader_num_workers=0)
-    with pytest.raises(ValueError, match="streaming"):
-        use_reference_cache(trainer, tmp_path)
+def test_a_second_run_reads_what_the_first_computed(make, rows, tmp_path, monkeypatch):
+    trainer = make(rows)
+    # The key depends on how the tokenizer padded last: both runs begin after a batch.
+    trainer.data_collator(list(rows.select(range(2))))
+    first = use_reference_cache(trainer, tmp_path / "cache")
+    monkeypatch.setattr(
+        SharedPrefixDPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again")
+    )
+    assert use_reference_cache(make(rows, seed=5), tmp_path / "cache") == first
+    assert list((tmp_path / "cache").iterdir()) == [first]

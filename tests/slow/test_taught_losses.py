@@ -1,4 +1,4 @@
-"""What notebook 05 teaches, against the package and TRL; and log-probabilities for any batch size."""
+"""What notebook 05 teaches, against the package and TRL; log-probabilities for any batch size."""
 
 import ast
 import dataclasses
@@ -25,7 +25,7 @@ def rows():
 
 @pytest.fixture
 def noisy_trainer(processor, rows, tmp_path):
-    """`noisy_trainer(**changes)`: its adapter is not zero, since at step 0 every mistake gives ln 2."""
+    """A maker of trainers whose adapter is not zero: at step 0 every mistake gives ln 2."""
 
     def make(**changes):
         trainer = training.make_trainer(

@@ -1,0 +1,28 @@
+"""The tokens that `count_tokens` counts are those of the collator, in every family.
+
+The method that says how many tokens an image takes is private to transformers and may change.
+"""
+
+import pytest
+from families import FAMILIES, make_processor
+from PIL import Image
+
+from utils import chat, models
+
+SIZES = [(8, 6), (20, 20), (64, 63), (100, 30), (30, 100), (640, 480), (77, 301), (8, 150)]
+# Idefics2 and SmolVLM have no such method, and Gemma 3 also puts line breaks around an image.
+BY_PROCESSING = {"Idefics2", "SmolVLM", "Gemma 3"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_counted_tokens_are_the_collators(name):
+    processor = models.complete_template(make_processor(FAMILIES[name]))
+    trusted = chat.counts_image_tokens(processor, processor.image_processor)
+    assert trusted == (name not in BY_PROCESSING)
+    for first, second in (("A cup.", "\nA much longer answer."), (" Two cups, and no dog.", "No.")):
+        row = {"question": "What is\n this? ", "chosen": first, "rejected": second}
+        texts = chat.conversation(row)
+        for size in SIZES:
+            formatted = {"image": Image.new("RGB", size), **texts}
+            expected = chat.training_batch([formatted], processor)["input_ids"].shape[1]
+            assert chat.count_tokens(formatted, processor) == expected, size
