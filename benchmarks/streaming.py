@@ -5,7 +5,7 @@ reader by up to the whole file. Read by row group (`reshard`), it runs ahead by 
 
 The pairs are generated: JPEGs (320×240) in RLAIF-V's columns, one Parquet file for each number of
 rows. Every row is formatted and its image decoded, each time in a new process. Prints a table and
-one line of JSON. Takes about two minutes, and half a minute with --rows 300 2000.
+one line of JSON. Takes about two minutes.
 """
 
 import argparse
@@ -101,10 +101,8 @@ def measure(way, parquet):
 
 def alone(*arguments):
     """Return `measure(*arguments)`, computed in a new process."""
-    # It starts from one that has imported the libraries, which takes longer than reading the rows.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.streaming"])
-    with ProcessPoolExecutor(1, mp_context=context) as process:
+    # Spawned: a forked one would not count the libraries' pages until they are used.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(measure, *arguments).result()
 
 

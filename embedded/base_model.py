@@ -29,10 +29,10 @@ from embedded.scenes import (
     COLORS,
     DESCRIBE_QUESTIONS,
     PLACES,
-    describe,
     question_about,
     sample_scene,
     scene_and_image,
+    true_description,
     with_planted_mistakes,
 )
 
@@ -75,7 +75,7 @@ def make_processor():
     corpus = []
     for _ in range(6000):
         objects = sample_scene(rng)
-        corpus.append(describe(objects))
+        corpus.append(true_description(objects))
         corpus.append(rng.choice(DESCRIBE_QUESTIONS))
         corpus.extend(question_about(objects, rng))
         corpus.append("User: Assistant: ")
@@ -337,7 +337,7 @@ def train_text(model, processor, scenes, images, steps, stage, batch=64, rate=1.
             if describing:
                 question = rng.choice(DESCRIBE_QUESTIONS)
                 told = with_planted_mistakes(scenes[row], rng, added, forgotten)
-                conversations.append((question, describe(told)))
+                conversations.append((question, true_description(told)))
             else:
                 conversations.append(question_about(scenes[row], rng, added, forgotten))
         features = model.model.connector(seen_by_tower[rows])

@@ -6,7 +6,7 @@
 import numpy as np
 
 from embedded.claims import claims, is_right, left_out, mentions, wrong_spans
-from embedded.scenes import DESCRIBE_QUESTIONS, absent_companions, describe
+from embedded.scenes import DESCRIBE_QUESTIONS, absent_companions, true_description
 
 
 def truth_judge(claims, rows):
@@ -99,7 +99,7 @@ def attributes_right(texts, truths, kind):
 
 def true_words(truths):
     """Return the mean number of words in the true descriptions, the length of an honest answer."""
-    return float(np.mean([len(describe(objects).split()) for objects in truths]))
+    return float(np.mean([len(true_description(objects).split()) for objects in truths]))
 
 
 def present(truths):

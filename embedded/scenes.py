@@ -78,7 +78,7 @@ def article(word):
     return "an" if word[0] in "aeiou" else "a"
 
 
-def describe(objects):
+def true_description(objects):
     """Describe a scene truthfully, one sentence per object.
 
     The place comes first, so that a model can look there before it has to name anything.

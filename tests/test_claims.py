@@ -1,7 +1,7 @@
 import pytest
 
 from embedded.claims import as_question, claims, is_right, left_out, mentions, wrong_spans
-from embedded.scenes import describe
+from embedded.scenes import true_description
 
 SCENE = [
     {"category": "cup", "colour": "red", "place": "top left"},
@@ -20,7 +20,7 @@ def test_mentions_counts_every_occurrence_plurals_and_synonyms():
 
 
 def test_a_true_description_makes_only_right_claims():
-    text = describe(SCENE)
+    text = true_description(SCENE)
     made = claims(text)
     assert [c["kind"] for c in made] == ["place", "colour", "object"] * 2
     assert all(is_right(c, SCENE) for c in made)

@@ -8,11 +8,11 @@ from embedded.scenes import (
     COMPANIONS,
     PLACES,
     absent_companions,
-    describe,
     existence_answer,
     question_about,
     sample_scene,
     scene_and_image,
+    true_description,
     with_planted_mistakes,
 )
 from utils import preferences
@@ -50,14 +50,16 @@ def test_true_sentences_are_true_and_planted_ones_are_not():
     rng = random.Random(1)
     for _ in range(200):
         objects = sample_scene(rng)
-        assert all(is_right(c, objects) for c in claims(describe(objects)))
+        assert all(is_right(c, objects) for c in claims(true_description(objects)))
         question, answer = question_about(objects, rng)
         assert question.endswith("?")
         assert claims(answer), (question, answer)
         assert all(is_right(c, objects) for c in claims(answer)), (question, answer)
         habit = with_planted_mistakes(objects, rng, added=1, forgotten=0)
         assert [o["category"] for o in habit[len(objects) :]] == absent_companions(objects)
-        assert not any(is_right(c, objects) for c in claims(describe(habit[len(objects) :])))
+        assert not any(
+            is_right(c, objects) for c in claims(true_description(habit[len(objects) :]))
+        )
 
 
 def test_existence_answers_are_read_by_pope():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from embedded import claims, exam, judge
-from embedded.scenes import describe
+from embedded.scenes import true_description
 from utils import evaluation
 from utils.generation import DESCRIBE
 from utils.paired_statistics import rate
@@ -31,7 +31,7 @@ def perfect(truths):
     """The answers of a model without a mistake."""
     pope = {kind: ["No, there is no."] * len(truths) for kind in evaluation.POPE_KINDS}
     pope["present"] = ["Yes."] * len(truths)
-    return {"descriptions": [describe(objects) for objects in truths], "pope": pope}
+    return {"descriptions": [true_description(objects) for objects in truths], "pope": pope}
 
 
 def counts_of(answers, truths=TRUTHS):

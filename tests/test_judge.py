@@ -2,15 +2,15 @@ import random
 
 from embedded import judge
 from embedded.claims import claims
-from embedded.scenes import DESCRIBE_QUESTIONS, describe, existence_question
+from embedded.scenes import DESCRIBE_QUESTIONS, existence_question, true_description
 from utils import pairing
 
 SCENE = [
     {"category": "cup", "colour": "red", "place": "top"},
     {"category": "car", "colour": "blue", "place": "left"},
 ]
-FULL = describe(SCENE)
-SHORT = describe(SCENE[:1])
+FULL = true_description(SCENE)
+SHORT = true_description(SCENE[:1])
 LONG = FULL + " On the right there is a red book."
 
 

@@ -7,7 +7,7 @@ import pytest
 from embedded import judge
 from embedded.claims import as_question, claims, is_right
 from embedded.drawing import COLORS
-from embedded.scenes import CATEGORIES, DESCRIBE_QUESTIONS, PLACES, describe
+from embedded.scenes import CATEGORIES, DESCRIBE_QUESTIONS, PLACES, true_description
 from utils import models, pairing, preferences
 from utils.settings import PROFILES
 
@@ -205,7 +205,9 @@ def test_pairs_become_a_data_set_that_check_accepts_with_the_images_as_stored():
     answers = []
     for row in scenes:
         rows.append({"objects": row["objects"], "question": DESCRIBE_QUESTIONS[0]})
-        answers.append([describe(row["objects"]), "At the top there is nothing, and nothing."])
+        answers.append(
+            [true_description(row["objects"]), "At the top there is nothing, and nothing."]
+        )
     pairs = pairing.pair_all(rows, answers, judge.mistakes(answers, rows), random.Random(0))
     dataset = pairing.to_dataset(scenes, pairs)
     assert preferences.check(dataset) == {}

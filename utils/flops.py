@@ -39,19 +39,21 @@ def pair_flops(settings, prompt=35, answer=105):
 
     # Vision tower and connector run once. The language model runs forward as policy and as
     # reference, and backward to the adapters, which takes as much as one forward pass, because
-    # its matrices are frozen. Attention has no frozen factor: backward takes two.
+    # its matrices are frozen. Attention has no frozen factor, so its backward pass takes two.
     # With checkpointing the policy's forward pass runs again.
     passes = 3
     attention_passes = 4
     if settings.gradient_checkpointing:
         passes += 1
         attention_passes += 1
+    # TRL always computes the logits of the answers again, so the head runs four times.
+    head_passes = 4
     return {
         "vision": 2 * weights["vision"] * pixels // pixels_per_patch,
         "connector": 2 * weights["connector"] * image,
         "language": 2 * weights["language"] * tokens * passes,
         "attention": 4 * text.num_hidden_layers * width * tokens**2 * attention_passes,
-        "head": 2 * text.vocab_size * text.hidden_size * 2 * answer * 4,
+        "head": 2 * text.vocab_size * text.hidden_size * 2 * answer * head_passes,
         "adapter": 2 * adapter * tokens * passes,
     }
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
 
-from utils.preferences import REQUIRED_COLUMNS, TEXT_COLUMNS, check, image_bytes
+from utils import preferences
+from utils.preferences import REQUIRED_COLUMNS, TEXT_COLUMNS, image_bytes
 from utils.settings import digest
 
 NAMES = ("pairs.jsonl", "pairs.csv")
@@ -52,7 +53,7 @@ def load_folder(folder):
     columns = {column: [row[column] for row in rows] for column in TEXT_COLUMNS}
     dataset = Dataset.from_dict({"image": images, **columns}, features=FEATURES)
 
-    for problem, numbers in check(dataset).items():
+    for problem, numbers in preferences.check(dataset).items():
         for number in numbers:
             line, row = numbered[number]
             if problem == "unreadable image":

@@ -23,9 +23,9 @@ from embedded.scenes import (
     COLORS,
     NUMBERS,
     PLACES,
-    describe,
     existence_answer,
     question_about,
+    true_description,
 )
 from utils import pairing
 from utils.display import mark_html
@@ -72,7 +72,7 @@ def test_what_is_told_of_a_scene_is_right_what_is_added_is_wrong_and_what_is_for
         parts[kind].append(thing)
     scene = parts["told"] + parts["forgotten"]
     named = parts["told"] + parts["added"]
-    text = describe(data.draw(st.permutations(named)))
+    text = true_description(data.draw(st.permutations(named)))
     wrong = [c for c in claims(text) if not is_right(c, scene)]
     assert len(claims(text)) == 3 * len(named)
     assert left_out(text, scene) == [thing["category"] for thing in parts["forgotten"]]
@@ -85,7 +85,7 @@ def test_what_is_told_of_a_scene_is_right_what_is_added_is_wrong_and_what_is_for
 def test_one_changed_word_is_one_wrong_claim_at_that_word(objects, other, kind):
     first = objects[0]
     assume(other[kind] != first[kind])
-    text = describe([first | {kind: other[kind]}, *objects[1:]])
+    text = true_description([first | {kind: other[kind]}, *objects[1:]])
     assert [text[slice(*span)] for span in wrong_spans(text, objects)] == [other[kind]]
 
 
