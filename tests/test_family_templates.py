@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 from families import FAMILIES, NOT_TRAINABLE, make_processor
 
-from utils import chat, models
+from utils import chat, families
 from utils.settings import ROOT
 
 REPAIRED = {  # question and answer as the family's template writes them, and as we train and ask
@@ -30,7 +30,7 @@ def test_a_template_is_repaired_only_where_it_must_be(name):
     question = chat.prompt_messages("q")
     messages = question + chat.answer_messages("a")
     before = processor.apply_chat_template(messages, tokenize=False)
-    models.complete_template(processor)
+    families.complete_template(processor)
     if name not in REPAIRED:
         assert processor.chat_template == FAMILIES[name].template
         return

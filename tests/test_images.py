@@ -27,7 +27,7 @@ WIDTH, HEIGHT = 40, 30
 ACROSS, DOWN = np.meshgrid(np.arange(WIDTH) / (WIDTH - 1), np.arange(HEIGHT) / (HEIGHT - 1))
 PIXELS = np.stack([255 * ACROSS, 255 * DOWN, 255 * (1 - ACROSS)], axis=-1).round().astype(np.uint8)
 OPACITY = (255 * DOWN).round().astype(np.uint8)
-GREY = (255 * ACROSS * DOWN).round().astype(np.uint8)
+GRAY = (255 * ACROSS * DOWN).round().astype(np.uint8)
 SIXTEEN = (65535 * ACROSS * DOWN).round().astype(np.uint16)
 
 
@@ -76,13 +76,13 @@ def clear_palette():
 KEY, KEY_ON_WHITE = clear_palette()
 MODES = {  # name: (image, format, how it is saved, what should be seen)
     "RGB": (RGB, "PNG", {}, PIXELS),
-    "L": (picture(GREY), "PNG", {}, three(GREY)),
-    "1": (picture(GREY > 100), "PNG", {}, three(np.where(GREY > 100, 255, 0))),
+    "L": (picture(GRAY), "PNG", {}, three(GRAY)),
+    "1": (picture(GRAY > 100), "PNG", {}, three(np.where(GRAY > 100, 255, 0))),
     "LA": (
-        PillowImage.merge("LA", [picture(GREY), picture(OPACITY)]),
+        PillowImage.merge("LA", [picture(GRAY), picture(OPACITY)]),
         "PNG",
         {},
-        on_white(three(GREY), OPACITY),
+        on_white(three(GRAY), OPACITY),
     ),
     "RGBA": (picture(np.dstack([PIXELS, OPACITY])), "PNG", {}, on_white(PIXELS, OPACITY)),
     "P": (PALETTE, "PNG", {}, np.asarray(PALETTE.convert("RGB"))),
@@ -96,7 +96,7 @@ MODES = {  # name: (image, format, how it is saved, what should be seen)
     "I;16": (picture(SIXTEEN), "PNG", {}, three((SIXTEEN / 257).round())),
     "I;16 TIFF": (picture(SIXTEEN), "TIFF", {}, three((SIXTEEN / 257).round())),
     "CMYK": (
-        PillowImage.merge("CMYK", [*picture(255 - PIXELS).split(), picture(0 * GREY)]),
+        PillowImage.merge("CMYK", [*picture(255 - PIXELS).split(), picture(0 * GRAY)]),
         "TIFF",
         {},
         PIXELS,

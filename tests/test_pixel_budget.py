@@ -10,7 +10,7 @@ from families import FAMILIES, NOT_TRAINABLE, make_processor
 from PIL import Image
 from tiny_models import CONFIGS, SIDE
 
-from utils import memory, models, pixel_budget
+from utils import families, memory, models
 from utils.settings import PROFILES
 
 EMBEDDED = PROFILES["embedded"]
@@ -58,25 +58,25 @@ def tokens_and_pixels(processor, family, width, height):
 @pytest.mark.parametrize("family", BY_TYPE)
 def test_every_image_stays_within_the_budget(family):
     config = config_of(family)
-    whole = 0 if "qwen" in family else pixel_budget.tile_edge(config) ** 2
+    whole = 0 if "qwen" in family else families.tile_edge(config) ** 2
     for factor in (4, 9):
-        budget = factor * pixel_budget.least(config)
-        processor = pixel_budget.limit(processor_of(family), config, budget)
+        budget = factor * families.least(config)
+        processor = families.limit(processor_of(family), config, budget)
         for width, height in SHAPES:
             tokens, pixels = tokens_and_pixels(processor, family, width, height)
             assert pixels <= budget + whole, (budget, width, height)
             if family in COUNTED:
-                counted = pixel_budget.seen(config, budget, width, height)
+                counted = families.seen(config, budget, width, height)
                 assert counted == (tokens, pixels), (budget, width, height)
 
 
 @pytest.mark.parametrize("family", sorted(BY_TYPE.keys() - {*FIXED_SIZE}))
 def test_a_larger_budget_means_more_tokens(family):
     config = config_of(family)
-    least = pixel_budget.least(config)
+    least = families.least(config)
     counts = []
     for budget in (least, 9 * least):
-        processor = pixel_budget.limit(processor_of(family), config, budget)
+        processor = families.limit(processor_of(family), config, budget)
         counts.append(tokens_and_pixels(processor, family, 400, 300)[0])
     assert counts[0] < counts[1]
 
@@ -84,35 +84,35 @@ def test_a_larger_budget_means_more_tokens(family):
 @pytest.mark.parametrize("family", BY_TYPE)
 def test_a_budget_below_the_least_is_refused_with_the_least(family):
     config = config_of(family)
-    least = pixel_budget.least(config)
+    least = families.least(config)
     with pytest.raises(ValueError, match=rf"{family}.* {least} "):
-        pixel_budget.limit(processor_of(family), config, least - 1)
-    processor = pixel_budget.limit(processor_of(family), config, least)
+        families.limit(processor_of(family), config, least - 1)
+    processor = families.limit(processor_of(family), config, least)
     made = tokens_and_pixels(processor, family, 90, 90)
     if family in COUNTED:
-        assert pixel_budget.seen(config, least, 90, 90) == made
-        assert pixel_budget.seen(config, 1, 90, 90) == made
+        assert families.seen(config, least, 90, 90) == made
+        assert families.seen(config, 1, 90, 90) == made
 
 
 def test_idefics2_cuts_an_image_in_four_only_beyond_what_its_tower_takes_at_a_time():
     config = memory.architecture(PROFILES["idefics2"].model).config
-    assert pixel_budget.seen(config, 980 * 980, 3000, 2000)[0] == 64
-    assert pixel_budget.seen(config, 980 * 980 + 1, 3000, 2000)[0] == 5 * 64
+    assert families.seen(config, 980 * 980, 3000, 2000)[0] == 64
+    assert families.seen(config, 980 * 980 + 1, 3000, 2000)[0] == 5 * 64
 
 
 @pytest.mark.parametrize("family", FIXED_SIZE)
 def test_a_family_of_a_fixed_size_keeps_its_processor(family):
     processor = processor_of(family)
     before = processor.image_processor.to_dict()
-    pixel_budget.limit(processor, config_of(family), 10_000_000)
+    families.limit(processor, config_of(family), 10_000_000)
     assert processor.image_processor.to_dict() == before
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 def test_the_model_lays_the_tiles_that_the_processor_lays(family):
     config = config_of(family)
-    processor = pixel_budget.limit(processor_of(family), config, 1000)
-    model = pixel_budget.limit_tiles(SimpleNamespace(config=config), 1000)
+    processor = families.limit(processor_of(family), config, 1000)
+    model = families.limit_tiles(SimpleNamespace(config=config), 1000)
     tiles = model.config.image_grid_pinpoints
     assert tiles == processor.image_processor.image_grid_pinpoints
     assert tiles and max(math.prod(tile) for tile in tiles) <= 1000
@@ -122,23 +122,23 @@ def test_without_a_budget_nothing_is_changed_and_nothing_is_known():
     config = config_of("llava_next")
     processor = processor_of("llava_next")
     before = processor.image_processor.to_dict()
-    pixel_budget.limit(processor, config, None)
+    families.limit(processor, config, None)
     assert processor.image_processor.to_dict() == before
-    model = pixel_budget.limit_tiles(SimpleNamespace(config=config_of("llava_next")), None)
+    model = families.limit_tiles(SimpleNamespace(config=config_of("llava_next")), None)
     assert model.config.image_grid_pinpoints == config.image_grid_pinpoints
     with pytest.raises(ValueError, match="pixel_budget"):
-        pixel_budget.seen(config_of("idefics3"), None)
+        families.seen(config_of("idefics3"), None)
 
 
 def test_a_family_that_cannot_be_held_is_named():
     config = transformers.AutoConfig.for_model("llava", vision_config={"model_type": "pixtral"})
     with pytest.raises(ValueError, match=r"llava.*pixtral"):
-        pixel_budget.limit(None, config, 500_000)
+        families.limit(None, config, 500_000)
 
 
 def test_a_family_that_cannot_be_counted_is_named_with_what_to_ask():
     with pytest.raises(ValueError, match=r"gemma3.*processor\._get_num_multimodal_tokens"):
-        pixel_budget.seen(config_of("gemma3"), 500_000)
+        families.seen(config_of("gemma3"), 500_000)
 
 
 def test_the_embedded_model_is_loaded_as_it_is_stored():

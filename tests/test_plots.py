@@ -114,7 +114,7 @@ def test_small_files_keep_rare_colors():
         evaluation(chair_i=(-0.1, -0.2, -0.05), chair_s=(0.1, 0.05, 0.2), cog=(0.1, -0.1, 0.3))
     )
     found = [color for _, color in image_of(figure).convert("RGB").getcolors(64)]
-    for color in (plots.BLUE, plots.GREEN, plots.VERMILION, plots.GREY):
+    for color in (plots.BLUE, plots.GREEN, plots.VERMILION, plots.GRAY):
         wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         distances = []
         for other in found:

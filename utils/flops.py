@@ -5,9 +5,9 @@ from collections import Counter
 
 import torch
 
+from utils.families import seen
 from utils.memory import architecture, placement
 from utils.models import part_of
-from utils.pixel_budget import seen
 
 # Dense 16-bit matrix products, FLOPs a second, from NVIDIA's data sheets.
 PEAK = {"T4": 65e12, "L4": 121e12, "A100": 312e12}

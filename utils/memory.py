@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from utils.families import seen, square_side
 from utils.models import part_of
-from utils.pixel_budget import seen, square_side
 from utils.settings import EMBEDDED_MODEL, ROOT
 
 PRECISIONS = ("fp32", "bf16", "nf4")

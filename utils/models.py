@@ -12,20 +12,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-from utils.chat import answer_messages, prompt_messages
-from utils.pixel_budget import limit, limit_tiles
+from utils.families import complete_template, limit, limit_tiles
 from utils.settings import EMBEDDED_MODEL, locate, verify_embedded
-
-# Jinja: what the template writes for the question, then the answer, then what the template writes
-# after the answer.
-AFTER_GENERATION_PROMPT = (
-    "{% macro written(messages, add_generation_prompt) %}TEMPLATE{% endmacro %}"
-    "{% if messages[-1]['role'] == 'assistant' and messages | length > 1 %}"
-    "{% set answer = messages[-1]['content'][0]['text'] %}"
-    "{{ written(messages[:-1], true) }}{{ answer }}"
-    "{{ written(messages, false).rpartition(answer)[2] }}"
-    "{% else %}{{ written(messages, add_generation_prompt) }}{% endif %}"
-)
 
 
 def compute_dtype():
@@ -95,38 +83,6 @@ def load_processor(settings):
             "choose its instruction-tuned variant"
         )
     return complete_template(processor)
-
-
-def complete_template(processor):
-    """Repair a chat template that serves for asking but not for training. Return the processor.
-
-    - LLaVA-OneVision's writes a space before an answer that its generation prompt lacks, so
-      training and inference prompts differ. The answer now follows the generation prompt.
-    - LLaVA 1.5's ends an answer without a token, so nothing would teach the model to stop. The
-      tokenizer's end-of-sequence token is added.
-    - Idefics2's and LLaVA's leave the first token of a text to the tokenizer, which TRL asks to
-      add none. The template now writes it.
-    """
-    question = prompt_messages("q")
-    answer = answer_messages("An answer.")
-    prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    whole = processor.apply_chat_template(question + answer, tokenize=False)
-    if not whole.startswith(prompt):
-        template = AFTER_GENERATION_PROMPT.replace("TEMPLATE", processor.chat_template)
-        processor.chat_template = template
-
-    tokenizer = processor.tokenizer
-    after_answer = whole.rpartition("An answer.")[2]
-    end = tokenizer(after_answer, add_special_tokens=False)["input_ids"]
-    if not set(end) & tokenizer.added_tokens_decoder.keys():
-        processor.chat_template += (
-            "{% if messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-        )
-
-    adds_bos = tokenizer("q")["input_ids"][0] == tokenizer.bos_token_id
-    if adds_bos and not prompt.startswith(tokenizer.bos_token):
-        processor.chat_template = "{{ bos_token }}" + processor.chat_template
-    return processor
 
 
 def load_model(settings):

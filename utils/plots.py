@@ -21,7 +21,7 @@ from PIL import Image
 BLUE = "#0072B2"
 GREEN = "#009E73"
 VERMILION = "#D55E00"
-GREY = "#6B6B6B"
+GRAY = "#6B6B6B"
 STYLE = {
     "figure.dpi": 100,
     "axes.spines.top": False,
@@ -31,7 +31,7 @@ STYLE = {
     "grid.color": "#E6E6E6",
     "axes.axisbelow": True,
     "text.parse_math": False,  # a $ in a model's name begins no formula
-    "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, GREY]),
+    "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, GRAY]),
 }
 # Which direction of a metric is better, as evaluation.METRICS says it → the heading of its group.
 HEADINGS = {
@@ -199,7 +199,7 @@ def draw_panel(axes, log, keys):
             transform=axes.transAxes,
             ha="center",
             va="center",
-            color=GREY,
+            color=GRAY,
         )
         axes.set(xticks=[], yticks=[])
 
@@ -254,7 +254,7 @@ def draw_level(axes, value, meaning):
     """Draw a dotted line at `value` and say its `meaning`, in a panel that shows something."""
     if not axes.lines:
         return
-    axes.axhline(value, color=GREY, linestyle=":", zorder=1)
+    axes.axhline(value, color=GRAY, linestyle=":", zorder=1)
     axes.text(
         1,
         value,
@@ -263,7 +263,7 @@ def draw_level(axes, value, meaning):
         ha="right",
         va="bottom",
         fontsize=8,
-        color=GREY,
+        color=GRAY,
     )
 
 
@@ -295,12 +295,12 @@ def before_after(evaluated):
     for better, heading in HEADINGS.items():
         group = [name for name in names if METRICS[name].better == better]
         if group:
-            write(-0.02, y + 0.1, heading, ha="right", style="italic", color=GREY)
+            write(-0.02, y + 0.1, heading, ha="right", style="italic", color=GRAY)
             y += 0.8
         for name in group:
             metric = METRICS[name]
             write(-0.02, y - 0.17, metric.title, ha="right", weight="bold")
-            write(-0.02, y + 0.22, metric.meaning, ha="right", fontsize=8, color=GREY)
+            write(-0.02, y + 0.22, metric.meaning, ha="right", fontsize=8, color=GRAY)
             difference = evaluated["difference"][name]
             low = 100 * difference["low"]
             high = 100 * difference["high"]
@@ -311,11 +311,11 @@ def before_after(evaluated):
             tuned = 100 * evaluated["tuned"][name]
             draw_change(axes, y, base, tuned, color)
             y += 1
-    write(1.02, -0.3, "difference in points,\n95% interval", fontsize=8.5, color=GREY)
+    write(1.02, -0.3, "difference in points,\n95% interval", fontsize=8.5, color=GRAY)
 
     # Two markers outside the range, for the legend.
     draw_base(axes, [], [], label="base model")
-    axes.plot([], [], "o", color=GREY, markersize=9, label="tuned model")
+    axes.plot([], [], "o", color=GRAY, markersize=9, label="tuned model")
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     axes.set(xlabel="percent", xlim=(-9, 109), ylim=(y - 0.4, -0.6))
     axes.set(xticks=range(0, 101, 20), yticks=[])
@@ -335,7 +335,7 @@ def draw_base(axes, x, y, **options):
         y,
         "o",
         color="white",
-        markeredgecolor=GREY,
+        markeredgecolor=GRAY,
         markeredgewidth=1.6,
         markersize=8,
         **options,
@@ -366,7 +366,7 @@ def verdict(better, low, high):
     elif low > 0:
         is_better = better == "higher"
     else:  # also where the interval is not a number
-        return "unclear", GREY
+        return "unclear", GRAY
     if is_better:
         return "better", GREEN
     return "worse", VERMILION
@@ -406,7 +406,7 @@ def memory_figure(components, title=""):
         axes.barh(component, count / unit, left=end, color=BLUE)
         end += count / unit
         axes.text(end, component, f" {readable(count)}", va="center")
-    axes.barh("total", end, color=GREY)
+    axes.barh("total", end, color=GRAY)
     axes.text(end, "total", f" {readable(total)}", va="center", weight="bold")
     for device, size in DEVICES.items():
         if size < right:

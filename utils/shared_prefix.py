@@ -18,30 +18,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-# tests/slow/test_packed_families.py compares these families and decoders with the stock trainer.
-# What is not listed runs as it does there.
-FAMILIES = {
-    "idefics2",
-    "idefics3",
-    "smolvlm",
-    "llava",
-    "llava_next",
-    "internvl",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "gemma3",
-}
-DECODERS = {
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen2_vl_text",
-    "qwen2_5_vl_text",
-    "qwen3_vl_text",
-    "gemma3_text",
-}
+from utils.families import PACKED_DECODERS, PACKED_FAMILIES
+
 # The batch's tensors with one row per answer. All others belong to images.
 TEXT_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 TWO_ROWS = "the answers of a pair run as two rows, as in DPOTrainer, with the same loss"
@@ -271,7 +249,7 @@ def why_not_packed(model, args):
     family = model.config.model_type
     text = model.config.get_text_config()
     attention = text._attn_implementation
-    if family not in FAMILIES or text.model_type not in DECODERS:
+    if family not in PACKED_FAMILIES or text.model_type not in PACKED_DECODERS:
         return f"{family} with a {text.model_type} decoder was not compared"
     if getattr(text, "use_bidirectional_attention", False):
         return "its prompt also sees later tokens"
@@ -342,7 +320,9 @@ class SharedPrefixDPOTrainer(DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         backbone = backbone_of(self.model)
         sharing = nullcontext()
-        if self.model.config.model_type in {*FAMILIES, "paligemma"} and vision_is_fixed(backbone):
+        if self.model.config.model_type in {*PACKED_FAMILIES, "paligemma"} and vision_is_fixed(
+            backbone
+        ):
             sharing = encoding_once(backbone)
         with sharing:
             if "ref_chosen_logps" not in inputs:

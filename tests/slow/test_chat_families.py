@@ -7,7 +7,7 @@ import pytest
 from families import FAMILIES, make_processor
 from PIL import Image
 
-from utils import chat, models
+from utils import chat, families
 
 SIZES = [(8, 6), (20, 20), (64, 63), (100, 30), (30, 100), (640, 480), (77, 301), (8, 150)]
 # Idefics2 and SmolVLM have no such method, and Gemma 3 also puts line breaks around an image.
@@ -16,7 +16,7 @@ BY_PROCESSING = {"Idefics2", "SmolVLM", "Gemma 3"}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_counted_tokens_are_the_collators(name):
-    processor = models.complete_template(make_processor(FAMILIES[name]))
+    processor = families.complete_template(make_processor(FAMILIES[name]))
     trusted = chat.counts_image_tokens(processor, processor.image_processor)
     assert trusted == (name not in BY_PROCESSING)
     for first, second in (("A cup.", "\nA much longer answer."), (" Two cups, and no dog.", "No.")):

@@ -1,14 +1,43 @@
-"""Hold the images of every family to one budget of pixels, and count what becomes of an image.
+"""What differs from one model family to the next; a family is what `config.model_type` says.
 
-A family is what `config.model_type` says. Each has image processor arguments of its own that make
-an image smaller. `limits` translates the budget into them. The counting is left to the image
-processors of the library.
+  * `limits` translates the budget of pixels into the family's own image processor arguments;
+  * `complete_template` repairs chat templates that serve for asking but not for training;
+  * `PACKED_FAMILIES` are those whose pairs the faster trainer was compared on.
+
+A new family of which none of this is needed takes no entry here, only a profile in `settings`.
 """
 
 import math
 
 import torch
 from transformers import Idefics2ImageProcessor, Idefics3ImageProcessor, Qwen2VLImageProcessor
+
+from utils.chat import answer_messages, prompt_messages
+
+# tests/slow/test_packed_families.py compares these families and decoders with the stock trainer.
+# What is not listed runs as it does there.
+PACKED_FAMILIES = {
+    "idefics2",
+    "idefics3",
+    "smolvlm",
+    "llava",
+    "llava_next",
+    "internvl",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "gemma3",
+}
+PACKED_DECODERS = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "gemma3_text",
+}
 
 IDEFICS3 = ("idefics3", "smolvlm")
 LLAVA_TILES = ("llava_next", "llava_onevision")
@@ -18,6 +47,17 @@ QWEN_LEAST_TOKENS = {"qwen2_vl": 4, "qwen2_5_vl": 4, "qwen3_vl": 64}
 
 IDEFICS2_SHORTEST = 378  # pixels: Idefics2 enlarges shorter edges
 IDEFICS3_LONGEST = 4096  # pixels: Idefics3 reduces longer edges
+
+# Jinja: what the template writes for the question, then the answer, then what the template writes
+# after the answer.
+AFTER_GENERATION_PROMPT = (
+    "{% macro written(messages, add_generation_prompt) %}TEMPLATE{% endmacro %}"
+    "{% if messages[-1]['role'] == 'assistant' and messages | length > 1 %}"
+    "{% set answer = messages[-1]['content'][0]['text'] %}"
+    "{{ written(messages[:-1], true) }}{{ answer }}"
+    "{{ written(messages, false).rpartition(answer)[2] }}"
+    "{% else %}{{ written(messages, add_generation_prompt) }}{% endif %}"
+)
 
 
 def limit(processor, config, pixel_budget):
@@ -66,7 +106,7 @@ def least(config):
         return tile_edge(config) ** 2
     raise ValueError(
         f"there is no rule that holds {family} with the vision tower {vision} to a pixel_budget: "
-        "set pixel_budget to None, or add the family to utils/pixel_budget.py"
+        "set pixel_budget to None, or add the family to utils/families.py"
     )
 
 
@@ -166,3 +206,35 @@ def seen(config, pixel_budget, width=None, height=None):
     processor = Qwen2VLImageProcessor(patch_size=patch, merge_size=merge, **arguments)
     patches = processor.get_number_of_image_patches(height, width)
     return patches // merge**2, patches * patch**2
+
+
+def complete_template(processor):
+    """Repair a chat template that serves for asking but not for training. Return the processor.
+
+    - LLaVA-OneVision's writes a space before an answer that its generation prompt lacks, so
+      training and inference prompts differ. The answer now follows the generation prompt.
+    - LLaVA 1.5's ends an answer without a token, so nothing would teach the model to stop. The
+      tokenizer's end-of-sequence token is added.
+    - Idefics2's and LLaVA's leave the first token of a text to the tokenizer, which TRL asks to
+      add none. The template now writes it.
+    """
+    question = prompt_messages("q")
+    answer = answer_messages("An answer.")
+    prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    whole = processor.apply_chat_template(question + answer, tokenize=False)
+    if not whole.startswith(prompt):
+        template = AFTER_GENERATION_PROMPT.replace("TEMPLATE", processor.chat_template)
+        processor.chat_template = template
+
+    tokenizer = processor.tokenizer
+    after_answer = whole.rpartition("An answer.")[2]
+    end = tokenizer(after_answer, add_special_tokens=False)["input_ids"]
+    if not set(end) & tokenizer.added_tokens_decoder.keys():
+        processor.chat_template += (
+            "{% if messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        )
+
+    adds_bos = tokenizer("q")["input_ids"][0] == tokenizer.bos_token_id
+    if adds_bos and not prompt.startswith(tokenizer.bos_token):
+        processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    return processor
