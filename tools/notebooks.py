@@ -145,10 +145,11 @@ def execute(notebook, folder):
             timeout=-1,
             iopub_timeout=60,  # a busy machine sends outputs late; the default of 4 s drops them
             coalesce_streams=True,
-            store_widget_state=False,
+            store_widget_state=True,  # without it, `interact` fails in nbclient
             record_timing=False,
         )
         preprocessor.preprocess(notebook, {"metadata": {"path": str(folder)}})
+    notebook.metadata.pop("widgets", None)  # shows as nothing or as an error nearly everywhere
 
 
 def stale(paths, root=ROOT):

@@ -56,6 +56,15 @@ def test_run_writes_results_and_timings_and_leaves_the_source(repository, capsys
     assert re.fullmatch(r"01_one +[\d.]+ s\n02_two +[\d.]+ s\n", capsys.readouterr().out)
 
 
+def test_a_widget_runs_headless_and_leaves_no_state(repository):
+    interact = "from ipywidgets import interact\ninteract(lambda number: number, number=(0, 3));"
+    path = save(repository, "01_one", interact, "print('after it')")
+    notebooks.run([path], repository / "build")
+    done = executed(repository / "build", "01_one")
+    assert done.cells[2].outputs[0].text == "after it\n"
+    assert "widgets" not in done.metadata
+
+
 def test_run_stops_at_a_failure_and_keeps_what_ran(repository):
     first = save(repository, "01_one", "print('so far')", "int('no number')", "print('never')")
     second = save(repository, "02_two", "print('two')")
