@@ -120,8 +120,10 @@ def test_the_notebook_that_trains_runs_before_those_that_use_its_adapter(reposit
     assert notebooks.with_their_adapters([other], repository) == [other]
 
 
-def test_keep_drops_what_is_left_of_a_progress_bar_s_widget():
+def test_keep_drops_what_is_left_of_a_widget():
     left = {WIDGET: {}, "text/plain": "Loading weights:   0%|          | 0/108 [00:00<?, ?it/s]"}
+    assert not notebooks.keep(new_output("display_data", data=left))
+    left = {WIDGET: {}, "text/plain": "interactive(children=(Dropdown(description='profile'"}
     assert not notebooks.keep(new_output("display_data", data=left))
     text = {WIDGET: {}, "text/plain": "2,000 pairs"}
     assert notebooks.keep(new_output("display_data", data=text))

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[\w-]{20,}")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|| \[[\d:]+<|it/s\]|s/it\]")
+WIDGET_NAME = re.compile(r"\w+\(children=")  # what a widget leaves as text
 KEPT_METADATA = ("cellView", "jupyter", "tags")
 QUIET = {
     "TQDM_DISABLE": "1",
@@ -245,7 +246,8 @@ def keep(output):
     data = output.get("data", {})
     data.pop(WIDGET, None)
     if set(data) == {"text/plain"}:
-        return not PROGRESS.search(data["text/plain"])  # what is left of a progress bar's widget
+        text = data["text/plain"]
+        return not (PROGRESS.search(text) or WIDGET_NAME.match(text))
     return bool(data)
 
 
