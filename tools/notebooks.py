@@ -262,7 +262,8 @@ def machine_place(text, root=ROOT):
     `text` may be JSON.
     """
     folders = {str(root), str(Path.home()), tempfile.gettempdir(), "/tmp/"} - {"/"}
-    patterns = [re.escape(place) for place in sorted(folders)]
+    # The longest first: of two that begin alike, the whole one is named.
+    patterns = [re.escape(place) for place in sorted(folders, key=len, reverse=True)]
     host = re.escape(socket.gethostname() or "localhost")
     patterns.append(rf"\b(?!localhost\b){host}\b")
     found = re.search("|".join(patterns), without_images(text).replace(r"\n", "\n"))
