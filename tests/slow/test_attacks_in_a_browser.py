@@ -167,7 +167,9 @@ def assert_readable(where, text, attacks=ATTACKS):
 
 
 def assert_nothing_happened(page, heard, but=()):
-    page.wait_for_load_state("networkidle")
+    # Not "networkidle", which a page opened as a file sometimes never reaches.
+    page.wait_for_load_state("load")
+    page.wait_for_timeout(500)  # milliseconds, for requests that come late
     asked, dialogs = heard
     assert injected(page) == set(), page.url
     assert set(asked) - set(but) == set(), page.url

@@ -208,7 +208,9 @@ def browser():
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", hear)
         yield page
-        page.wait_for_load_state("networkidle")
+        # Not "networkidle", which a page opened as a file sometimes never reaches.
+        page.wait_for_load_state("load")
+        page.wait_for_timeout(500)  # milliseconds, for requests that come late
         assert requests
         assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
         assert errors == []
