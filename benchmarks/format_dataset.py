@@ -1,6 +1,7 @@
 """Compare two ways to format preference pairs as chats: python -m benchmarks.format_dataset
 
-"article" is the usual recipe with `map`, "ours" is `chat.format_dataset`. Both read the same
+"article" is the usual recipe with `map`, "ours" is `layouts.as_rows` and
+`chat.format_dataset`. Both read the same
 generated JPEGs (640×480) from one Parquet file, each in its own process, so that their peak
 memory can be told apart. Prints a table and one line of JSON.
 """
@@ -21,7 +22,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from utils import chat, models
+from utils import chat, layouts, models
 from utils.settings import PROFILES
 
 RECIPES = ("article", "ours")
@@ -121,15 +122,14 @@ def measure(recipe, parquet, rows):
         if recipe == "article":
             formatted = format_as_article(dataset, processor)
         else:
-            formatted = chat.format_dataset(dataset)
+            formatted = chat.format_dataset(layouts.as_rows(dataset))
         # Ours makes the messages only when a row is read, so every row is.
         formatted.select_columns(["prompt", "chosen", "rejected"])[:]
         seconds = time.perf_counter() - start
         memory = peak_memory() - memory_before
         pixels = []
         for number in compared_rows(rows):
-            row = formatted[number]
-            image = row["images"][0] if "images" in row else row["image"]
+            image = formatted[number]["images"][0]
             pixels.append(np.asarray(image, dtype=np.int16))
         return {
             "rows_per_second": rows / seconds,

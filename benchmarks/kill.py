@@ -70,7 +70,7 @@ def train_in_child(output, resume, connection):
     warnings.simplefilter("ignore")  # the parent reports what it finds on disk
     processor = models.load_processor(SETTINGS)
     model = models.load_model(SETTINGS)
-    rows = chat.format_dataset(preferences.load(SETTINGS.dataset, SETTINGS.train_split))
+    rows = chat.format_dataset(preferences.load_part(SETTINGS, "train"))
     callbacks = [Tell(connection)]
     trainer = training.make_trainer(
         SETTINGS, model, processor, rows, output, callbacks=callbacks, disable_tqdm=True

@@ -9,9 +9,11 @@ import argparse
 import json
 from dataclasses import replace
 
+from datasets import load_dataset
+
 from embedded import claims, exam, judge
 from utils import chat, evaluation, models, plots, preferences, training
-from utils.settings import PROFILES, ROOT
+from utils.settings import PROFILES, ROOT, locate
 
 
 def count_side(settings, model, processor, images, truths, adapter):
@@ -26,12 +28,12 @@ def train_and_evaluate(settings):
     """Train with `settings.seed` and compare with the base on the evaluation scenes."""
     processor = models.load_processor(settings)
     model = models.load_model(settings)
-    pairs = chat.format_dataset(preferences.load(settings.dataset, settings.train_split))
+    pairs = chat.format_dataset(preferences.load_part(settings, "train"))
     output = ROOT / "runs" / f"seed-{settings.seed}"
     trainer = training.make_trainer(settings, model, processor, pairs, output, disable_tqdm=True)
     record = training.train(settings, trainer)
 
-    scenes = preferences.load(settings.evaluation_dataset, settings.evaluation_split)
+    scenes = load_dataset(locate(settings.evaluation_dataset), split=settings.evaluation_split)
     images = list(scenes["image"])
     truths = list(scenes["objects"])
     base = count_side(settings, trainer.model, processor, images, truths, adapter=False)

@@ -25,7 +25,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from benchmarks.format_dataset import jpeg
-from utils import chat
+from utils import chat, layouts
 
 WAYS = ("by row group", "by file", "in memory")
 DIFFERENT_JPEGS = 50
@@ -91,8 +91,8 @@ def measure(way, parquet):
     peak = before
     rows = 0
     with tempfile.TemporaryDirectory() as cache:
-        for row in chat.format_dataset(open_pairs(way, parquet, cache)):
-            row["image"].load()
+        for row in chat.format_dataset(layouts.as_rows(open_pairs(way, parquet, cache))):
+            row["images"][0].load()
             if rows % 20 == 0:
                 peak = max(peak, process.memory_info().rss)
             rows += 1

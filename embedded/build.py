@@ -31,7 +31,7 @@ from embedded.scenes import (
     existence_question,
     scene_and_image,
 )
-from utils import evaluation, models, preferences
+from utils import evaluation, layouts, models, preferences
 from utils.generation import answer
 from utils.paired_statistics import rate
 from utils.pairing import balance_at_random
@@ -247,8 +247,9 @@ def main(arguments=None):
     processor = models.load_processor(settings)
     splits = build_dataset(settings, model, processor, folder / "dataset")
     write_manifest()
-    print(preferences.describe(splits["train"]))
-    print(preferences.check(splits["train"], splits["test"]), flush=True)
+    train = layouts.as_rows(splits["train"])
+    print(preferences.describe(train))
+    print(preferences.check(train, layouts.as_rows(splits["test"])), flush=True)
     results = json.dumps(base_results(settings, model, processor, splits["test"]), indent=1)
     target = ROOT / "results" / "embedded" / "base.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+import utils  # noqa: F401  before the libraries, whose messages it quiets

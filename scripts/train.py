@@ -21,9 +21,9 @@ def parse(arguments=None):
     )
     parser.add_argument(
         "--dataset",
-        type=Path,
-        help="folder of Parquet files to train on instead of the profile's data; "
-        "all of its split train is used",
+        help="what to train on instead of the profile's data: a folder that import_pairs wrote, a "
+        "file or folder in another layout that the README lists, or a name on the hub; all of its "
+        "split train is used",
     )
     parser.add_argument(
         "--output",
@@ -55,12 +55,13 @@ def parse(arguments=None):
 
 def load_pairs(profile, processor):
     """Return the profile's training rows, formatted; print which rows were dropped and why."""
-    loaded = preferences.load(profile.dataset, profile.train_split, profile.dataset_revision)
-    sound, problems = preferences.without_problems(loaded, preferences.special_tokens(processor))
+    loaded = preferences.load_part(profile, "train")
+    sound, problems = preferences.without_problems(loaded, processor, profile.pixel_budget)
     if problems:
         count = len(loaded) - len(sound)
-        print(f"{count} of {len(loaded)} rows dropped: {preferences.as_text(problems)}", flush=True)
-    formatted = chat.format_dataset(sound)
+        found = preferences.as_text(problems)
+        print(f"{count} of {len(loaded)} rows dropped. Found: {found}", flush=True)
+    formatted = chat.format_dataset(sound, profile.pixel_budget)
     pairs, dropped = chat.within_budget(formatted, processor, profile.token_budget)
     numbers = f": rows {dropped}" if dropped else ""
     print(
@@ -93,13 +94,12 @@ def main(arguments=None):
     try:
         profile = settings.load(options.profile)
         if options.dataset:
-            if not options.dataset.is_dir():
-                raise FileNotFoundError(
-                    f"there is no folder {options.dataset}: "
-                    "python -m scripts.import_pairs writes one"
-                )
             profile = dataclasses.replace(
-                profile, dataset=str(options.dataset), train_split="train"
+                profile,
+                dataset=options.dataset,
+                dataset_revision="main",
+                train_split="train",
+                train_rows=None,
             )
         processor = models.load_processor(profile)
         pairs = load_pairs(profile, processor)

@@ -27,10 +27,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from utils import chat, layouts, models, preferences, preflight, reference_cache, settings
+from utils.preferences import NEARLY_IDENTICAL, NO_END
 
 EMBEDDED = settings.PROFILES["embedded"]
-TEXTS = dict.fromkeys(preferences.TEXT_COLUMNS, Value("string"))
-FEATURES = Features({"image": Image(), **TEXTS})
+TEXTS = dict.fromkeys(("prompt", "chosen", "rejected"), Value("string"))
+FEATURES = Features({"images": List(Image()), **TEXTS})
+FOLDER = Path(__file__).parent  # below which paths of images are looked for
 WEIGHTS = "adapter_model.safetensors"
 RED = PillowImage.new("RGB", (8, 6), "red")
 BLUE = PillowImage.new("RGB", (8, 6), "blue")
@@ -67,18 +69,27 @@ def turned():
 
 
 GOOD = {
-    "image": stored(RED),
-    "question": "What is it?",
+    "images": [stored(RED)],
+    "prompt": "What is it?",
     "chosen": "A red field.",
     "rejected": "A dog.",
 }
-OTHER = {**GOOD, "image": stored(BLUE), "question": "What is this?", "chosen": "A blue field."}
+OTHER = {
+    "images": [stored(BLUE)],
+    "prompt": "What is this?",
+    "chosen": "A blue field.",
+    "rejected": "A dog.",
+}
 SWAPPED = {**GOOD, "chosen": GOOD["rejected"], "rejected": GOOD["chosen"]}
 
 
-def pairs(*rows, features=FEATURES):
+def as_stored(*rows, features=FEATURES):
     rows = [{name: row[name] for name in features} for row in rows]
     return Dataset.from_list(rows, features=features)
+
+
+def pairs(*rows, features=FEATURES):
+    return layouts.as_rows(as_stored(*rows, features=features), root=FOLDER)
 
 
 # What `chat.within_budget` does with a row that was not dropped before.
@@ -93,14 +104,17 @@ class Row(NamedTuple):
     name: str
     change: dict
     problem: str | None  # what `preferences.check` calls it
-    outcome: str  # KEPT, DROPPED, LATE, or else a fact in the error that refuses it
+    # KEPT, DROPPED, LATE, or else a fact in the error that refuses it. Without a problem, the row
+    # could not be read, and the fact also stands in what `check` reports.
+    outcome: str
 
 
 def image_row(name, image, problem=None, outcome=KEPT):
-    return Row(name, {"image": image}, problem, outcome)
+    return Row(name, {"images": [image]}, problem, outcome)
 
 
 UNREADABLE = "unreadable image"
+MISSING = "missing image"
 QUESTION = "'What is this?'"
 HTML = b"<!DOCTYPE html><title>404</title>"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
@@ -114,15 +128,21 @@ TURN = "<end_of_utterance>"
 
 ROWS = [
     image_row("an image cut off in the middle", CUT_OFF, UNREADABLE, LATE),
-    image_row("an empty image file", raw(b""), UNREADABLE, QUESTION),
+    image_row("an empty image file", raw(b""), MISSING, QUESTION),
     image_row("an image of zero width", png(0, 6), UNREADABLE, QUESTION),
     image_row("a hundred megapixels", png(10_001, 10_000), "image too large", "100010000"),
     image_row("a page of HTML called .jpg", raw(HTML, "a.jpg"), UNREADABLE, "a.jpg"),
     image_row("a drawing in SVG", raw(SVG), UNREADABLE, QUESTION),
-    image_row("no image", None, UNREADABLE, QUESTION),
-    image_row("the path of a missing image", raw(None, "lost.png"), UNREADABLE, "lost.png"),
-    image_row("a URL instead of an image", raw(None, "https://h/a.png"), UNREADABLE, "https://h/a"),
+    image_row("the path of a missing image", raw(None, "lost.png"), MISSING, "lost.png"),
+    image_row("the path of an image outside", raw(None, "../red.png"), None, "'../red.png'"),
+    image_row("a URL instead of an image", raw(None, "https://h/a.png"), None, "'https://h/a"),
     image_row("an image of floating-point numbers", FLOATS, UNREADABLE, "mode F"),
+    Row(
+        "two images, the second cut off",
+        {"images": [stored(BLUE), CUT_OFF]},
+        UNREADABLE,
+        LATE,
+    ),
     image_row("a CMYK image", stored(BLUE.convert("CMYK"), "JPEG")),
     image_row("a 16-bit image", SIXTEEN_BITS),
     image_row("a palette image", stored(BLUE.quantize(4), "GIF")),
@@ -132,26 +152,29 @@ ROWS = [
     image_row("a JPEG called .png", stored(BLUE, "JPEG", "a.png")),
     image_row("an image of one pixel", stored(BLUE.resize((1, 1)))),
     image_row("an image of 1 × 3000 pixels", stored(BLUE.resize((1, 3000)))),
-    Row("no question", {"question": None}, "empty question", "question"),
-    Row("an empty question", {"question": ""}, "empty question", KEPT),
+    Row("no prompt", {"prompt": None}, None, "no prompt"),
+    Row("an empty prompt", {"prompt": ""}, "empty prompt", KEPT),
     Row("no chosen answer", {"chosen": None}, "empty chosen", "chosen"),
     Row("an empty answer", {"rejected": ""}, "empty rejected", KEPT),
     Row("an answer of spaces", {"chosen": " \t\n "}, "empty chosen", KEPT),
     Row("identical answers", {"rejected": OTHER["chosen"]}, "chosen equals rejected", KEPT),
+    Row(
+        "answers with the same words",
+        {"chosen": "A cup, and then a dog.", "rejected": "A dog, and then a cup."},
+        NEARLY_IDENTICAL,
+        KEPT,
+    ),
+    Row("an answer cut off", {"chosen": "A blue field with a dog in the"}, NO_END, KEPT),
     Row("the same row again", GOOD, "duplicate pair", KEPT),
     Row("the same row with its answers swapped", SWAPPED, "preferred both ways", KEPT),
     Row("an answer of 100,000 characters", {"chosen": "A cup. " * 15_000}, None, DROPPED),
+    Row("<image> without an image", {"images": [], "prompt": "In <image>?"}, None, "0 images"),
+    Row("<image> twice for one image", {"prompt": "<image> or <image>?"}, None, "1 images"),
+    Row("<image> in an answer", {"chosen": "A <image> cup."}, None, "chosen"),
     Row(
-        "<image> in a question",
-        {"question": "What is in <image>?"},
-        "special token in question",
-        "<image>",
-    ),
-    Row("<image> in an answer", {"chosen": "A <image> cup."}, "special token in chosen", "<image>"),
-    Row(
-        "the end of a turn in a question",
-        {"question": f"What?{TURN}\nAssistant: No."},
-        "special token in question",
+        "the end of a turn in a prompt",
+        {"prompt": f"What?{TURN}\nAssistant: No."},
+        "special token in prompt",
         TURN,
     ),
     Row(
@@ -257,8 +280,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def typed(column, kind, value):
-    """Return one row whose column has another type."""
-    return pairs({**GOOD, column: value}, features=Features({**FEATURES, column: kind}))
+    """Drop the only row, whose column has another type."""
+    features = Features({**FEATURES, column: kind})
+    preferences.without_problems(pairs({**GOOD, column: value}, features=features))
 
 
 def parquet(place, rows):
@@ -274,31 +298,36 @@ def missing_column(place):
     chat.format_dataset(pairs(GOOD).remove_columns("chosen"))
 
 
-@case("a renamed column", ValueError, "image, question, winner, rejected")
+@case("a renamed column", ValueError, "images, prompt, winner, rejected")
 def renamed_column(place):
-    rows = pairs(GOOD).rename_column("chosen", "winner")
+    rows = as_stored(GOOD).rename_column("chosen", "winner")
     preferences.load(str(parquet(place, rows)), "train")
 
 
-@case("numbers as questions", ValueError, "column question is Value('int64')")
-def numbers_as_questions(place):
-    chat.format_dataset(typed("question", Value("int64"), 7))
+@case("no column of images", ValueError, "images")
+def no_column_of_images(place):
+    rows = as_stored(GOOD).remove_columns("images")
+    preferences.load(str(parquet(place, rows)), "train")
 
 
-@case("lists as answers", ValueError, "column chosen is List(Value('string'))")
+@case("rows that were not converted", ValueError, "question")
+def not_converted(place):
+    chat.format_dataset(as_stored(GOOD).rename_column("prompt", "question"))
+
+
+@case("numbers as prompts", ValueError, "prompt holds int")
+def numbers_as_prompts(place):
+    typed("prompt", Value("int64"), 7)
+
+
+@case("lists of text as answers", ValueError, "chosen holds str")
 def lists_as_answers(place):
-    chat.format_dataset(typed("chosen", List(Value("string")), ["Yes."]))
+    typed("chosen", List(Value("string")), ["Yes."])
 
 
-@case("numbers as images", ValueError, "column image is Value('int64')")
+@case("numbers as images", ValueError, "int")
 def numbers_as_images(place):
-    chat.format_dataset(typed("image", Value("int64"), 7))
-
-
-@case("several images in a row", ValueError, "column image")
-def several_images(place):
-    rows = typed("image", List(Image()), [GOOD["image"]] * 2)
-    preferences.load(str(parquet(place, rows)), "train")
+    typed("images", Value("int64"), 7)
 
 
 def budget(place, rows, tokens):
@@ -342,7 +371,7 @@ def missing_folder(place):
 
 def cut_parquet(place, share):
     """Load a Parquet file of which only the first part was written."""
-    folder = parquet(place, pairs(GOOD, OTHER))
+    folder = parquet(place, as_stored(GOOD, OTHER))
     data = (folder / "train.parquet").read_bytes()
     (folder / "train.parquet").write_bytes(data[: int(len(data) * share)])
     preferences.load(str(folder), "train")
@@ -404,26 +433,43 @@ def empty_profile(place):
     settings.load()
 
 
-# Your own pairs
+# Files of pairs
 
 
 def own(place, name, text):
+    """Load a file with an image beside it, and drop the rows that cannot be trained on."""
     RED.save(place.folder / "red.png")
     data = text if isinstance(text, bytes) else text.encode()
     (place.folder / name).write_bytes(data)
-    layouts.load_folder(place.folder)
+    preferences.without_problems(preferences.load(str(place.folder)))
 
 
 def line(**changes):
-    return json.dumps({**GOOD, "image": "red.png", **changes})
+    return json.dumps({**GOOD, "images": ["red.png"], **changes})
 
 
-HEAD = "image,question,chosen,rejected\n"
+HEAD = "images,prompt,chosen,rejected\n"
 
 
-@case("own pairs, a missing folder", FileNotFoundError, "lost")
+@case("own pairs, a missing folder", FileNotFoundError, "lost, neither")
 def own_without_a_folder(place):
-    layouts.load_folder(place.folder / "lost")
+    preferences.load(str(place.folder / "lost"))
+
+
+@case("own pairs, a missing file", FileNotFoundError, "my/lost.jsonl")
+def own_without_a_file(place):
+    preferences.load("my/lost.jsonl")
+
+
+@case("own pairs, two files", FileNotFoundError, "pairs.csv, pairs.jsonl")
+def own_two_files(place):
+    (place.folder / "pairs.csv").write_text(HEAD)
+    own(place, "pairs.jsonl", line())
+
+
+@case("own pairs, an empty file", ValueError, "pairs.jsonl")
+def own_empty_file(place):
+    own(place, "pairs.jsonl", "")
 
 
 @case("own pairs, not UTF-8", ValueError, "line 1: not UTF-8")
@@ -432,9 +478,14 @@ def own_not_utf8(place):
     own(place, "pairs.jsonl", text.encode("latin-1"))
 
 
-@case("own pairs, not JSON", ValueError, "line 2: not JSON")
+@case("own pairs, not JSON", ValueError, "line 1: not JSON")
 def own_not_json(place):
-    own(place, "pairs.jsonl", f"{line()}\n{{")
+    own(place, "pairs.jsonl", "{")
+
+
+@case("own pairs, JSON cut off", ValueError, "line 2: not JSON")
+def own_json_cut_off(place):
+    own(place, "pairs.json", f"[{line()},\n{{")
 
 
 @case("own pairs, brackets without end", ValueError, "line 1")
@@ -452,32 +503,32 @@ def own_name_twice(place):
     own(place, "pairs.jsonl", line()[:-1] + ', "chosen": "B"}')
 
 
-@case("own pairs, half a character", ValueError, "chosen")
+@case("own pairs, half a character", ValueError, "line 1: half a character")
 def own_half_character(place):
     own(place, "pairs.jsonl", line(chosen="\ud83e"))
 
 
-@case("own pairs, a number as an answer", ValueError, "chosen")
+@case("own pairs, a number as an answer", ValueError, "line 1: chosen")
 def own_number(place):
     own(place, "pairs.jsonl", line(chosen=1))
 
 
 @case("own pairs, NUL in an image's name", ValueError, r"'a\x00.png'")
 def own_nul(place):
-    own(place, "pairs.jsonl", line(image="a\0.png"))
+    own(place, "pairs.jsonl", line(images=["a\0.png"]))
 
 
-@case("own pairs, an endless image's name", ValueError, "'aaaa")
+@case("own pairs, an endless image's name", ValueError, "missing image")
 def own_endless_name(place):
-    own(place, "pairs.jsonl", line(image="a" * 5000))
+    own(place, "pairs.jsonl", line(images=["ä" * 5000]))
 
 
 @case("own pairs, an image outside", ValueError, "'../red.png'")
 def own_outside(place):
-    own(place, "pairs.jsonl", line(image="../red.png"))
+    own(place, "pairs.jsonl", line(images=["../red.png"]))
 
 
-@case("own pairs, a column twice", ValueError, "chosen")
+@case("own pairs, a column twice", ValueError, "line 1: column chosen")
 def own_column_twice(place):
     own(place, "pairs.csv", HEAD.replace("rejected", "chosen,rejected"))
 
@@ -650,10 +701,14 @@ def what_happens(row):
         text = "kept by `within_budget`, refused with its question when it is read"
     elif row.outcome != KEPT:
         text = f"refused with its number and “{row.outcome}”"
-    elif list(row.change) == ["image"]:
+        if row.problem is None:
+            text = f"`check` says so; {text}"
+    elif list(row.change) == ["images"]:
         text = "kept, and seen as people see it"
     else:
         text = "kept, and no character is lost"
+    if row.problem in preferences.WARNINGS:
+        return f"`check` reports “{row.problem}”, which is a warning; {text}"
     return f"`check` reports “{row.problem}”; {text}" if row.problem else text
 
 

@@ -6,12 +6,13 @@ With B at zero every mistake would hide behind a loss of ln 2.
 import pytest
 import torch
 from datasets import Dataset
+from families import FAMILIES, make_processor, write_checkpoint
 from peft import LoraConfig
 from PIL import Image
-from transformers import PrinterCallback
+from transformers import AutoModelForImageTextToText, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from utils import chat, models, shared_prefix
+from utils import chat, families, models, shared_prefix
 from utils.settings import PROFILES
 from utils.shared_prefix import SharedPrefixDPOTrainer
 
@@ -21,9 +22,12 @@ LANGUAGE = r".*(text_model|language_model)\..*(q|k|v|o|gate|up|down)_proj"
 
 
 def one_row():
-    texts = {"question": "What is this?", "chosen": "A cup.", "rejected": "A dog."}
-    row = chat.conversation(texts)
-    row["images"] = [Image.new("RGB", (64, 64), "red")]
+    row = {
+        "images": [Image.new("RGB", (64, 64), "red")],
+        "prompt": chat.prompt_messages("What is this?"),
+        "chosen": chat.answer_messages("A cup."),
+        "rejected": chat.answer_messages("A dog."),
+    }
     return Dataset.from_list([row])
 
 
@@ -90,6 +94,38 @@ def embedded_trainer(processor, output, kind, rows, **changes):
             parameter.data = parameter.data.float()
     randomize(trainer.model, 0.03)
     return trainer
+
+
+def family_trainers(name, folder):
+    """Return TRL's trainer and ours of a tiny model of the family with its own processor.
+
+    The body is float64, so that only rounding to float32 at the end makes log-probabilities differ.
+    """
+    write_checkpoint(FAMILIES[name], folder)
+    processor = families.complete_template(make_processor(FAMILIES[name]))
+    trainers = []
+    for kind in BOTH:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        trainer = make_trainer(processor, folder / "run", kind, model.requires_grad_(False))
+        trainer.model.double()
+        trainers.append(trainer)
+    return trainers
+
+
+def assert_same_for_mixed_rows(trainers, rows):
+    """A step on the batch is the same in both, and each row has what it has in a batch alone."""
+    batches = [trainer.data_collator([dict(row) for row in rows]) for trainer in trainers]
+    images = assert_same_batch(*batches)
+    assert bool(images) == any(row["images"] for row in rows)
+    assert_same_step(*trainers, batches)
+    for trainer, batch in zip(trainers, batches, strict=True):
+        alone = []
+        for row in rows:
+            one = trainer.data_collator([dict(row)])
+            alone.append(log_probs(trainer, one).sum(1))
+        together = log_probs(trainer, batch).sum(1).view(2, -1)
+        assert together.max() < -5
+        torch.testing.assert_close(together, torch.stack(alone, dim=1), rtol=0, atol=1e-4)
 
 
 def step(trainer, batch):

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 from attacks import ATTACKS
+from layout_files import text
 from PIL import Image
 
 from utils import display, plots
@@ -111,10 +112,16 @@ def test_a_figure_carries_it_as_its_alternative_text():
 
 def test_pairs_and_answers():
     for attack in ATTACKS:
-        row = {"image": IMAGE, "question": attack, "chosen": f"{attack}a", "rejected": f"b{attack}"}
+        row = {
+            "images": [IMAGE, {"bytes": None, "path": attack}],
+            "prompt": [text(role, attack) for role in ("system", "user", "assistant", "user")],
+            "chosen": [text("assistant", f"{attack}a")],
+            "rejected": [text("assistant", f"b{attack}")],
+            "problem": attack,
+        }
         page = read_safely(display.pair_html(row, attack))
-        assert page.text.count(attack) == 4
-        assert page.alts == [f"Image for the question: {attack}"]
+        assert page.text.count(attack) >= 8  # and in what is wrong with the second image
+        assert page.alts == [f"Image 1 of 2 for the question: {attack}"]
 
         answers = {attack: (attack, [(1, 3)])}
         row = {"image": IMAGE, "truth": attack, "answers": answers, "note": attack}

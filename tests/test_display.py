@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 
 import ipywidgets
 import pytest
+from layout_files import text
 from PIL import ExifTags, Image
 
-from utils import display
+from utils import display, images, layouts
 from utils.display import (
     browse,
     difference_html,
@@ -40,10 +41,10 @@ def new_image(mode="RGB", size=(30, 20)):
 
 def pair(**changes):
     row = {
-        "image": new_image(),
-        "question": "What is it?",
-        "chosen": "A red cup.",
-        "rejected": "A blue cup.",
+        "images": [new_image()],
+        "prompt": [text("user", None, "What is it?")],
+        "chosen": [text("assistant", "A red cup.")],
+        "rejected": [text("assistant", "A blue cup.")],
     }
     return row | changes
 
@@ -60,7 +61,7 @@ class CountingRows:
 
     def __getitem__(self, index):
         self.read.append(index)
-        return pair(question=f"Question {index}?")
+        return pair(prompt=[text("user", None, f"Question {index}?")])
 
 
 @pytest.fixture
@@ -168,23 +169,91 @@ def test_differing_words_are_marked():
 
 def test_a_pair_tells_chosen_from_rejected_in_words():
     page = pair_html(pair(), "Pair 1 of 1")
-    lines = "Pair 1 of 1\nWhat is it?✔ Chosen\nA red cup.✘ Rejected\nA blue cup."
+    lines = "Pair 1 of 1What is it?✔ Chosen\nA red cup.✘ Rejected\nA blue cup."
     assert text_of(page) == lines
     assert marked(page, "ins") == ["red"]
     assert marked(page, "del") == ["blue"]
 
 
-@pytest.mark.parametrize("column", ["image", "question", "chosen", "rejected"])
+def stored(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def images_of(html):
+    """The (alternative text, size) of every image."""
+    found = []
+    for tag in re.findall(r"<img[^>]*>", html):
+        found.append((re.search(r'alt="([^"]*)"', tag)[1], image_in(tag).size))
+    return found
+
+
+def test_images_that_are_still_stored_are_shown_as_those_that_are_decoded():
+    decoded = pair_html(pair(), "Pair 1")
+    assert images_of(decoded) == [("Image for the question: What is it?", (30, 20))]
+    assert pair_html(pair(images=[stored(new_image())]), "Pair 1") == decoded
+
+
+def test_several_images_are_shown_in_their_order_and_have_their_place_in_the_text():
+    row = pair(
+        images=[stored(new_image(size=(9, 5))), new_image(size=(7, 6))],
+        prompt=[text("user", "Is ", None, "the same as ", None, "?")],
+    )
+    page = pair_html(row, "Pair 1")
+    assert [size for _, size in images_of(page)] == [(9, 5), (7, 6)]
+    assert images_of(page)[1][0].startswith("Image 2 of 2 ")
+    assert "Is  [image 1] the same as  [image 2] ?" in text_of(page)
+
+
+def test_a_pair_without_an_image_says_so():
+    page = pair_html(pair(images=[], prompt=[text("user", "What is a cup?")]), "Pair 1")
+    assert images_of(page) == []
+    assert text_of(page).startswith("(no image)Pair 1")
+
+
+def test_every_turn_is_shown_with_its_role():
+    turns = [
+        text("system", "Be <brief>."),
+        text("user", None, "Is it red?"),
+        text("assistant", "Yes."),
+        text("user", "And blue?"),
+    ]
+    page = pair_html(pair(prompt=turns), "Pair 1")
+    lines = "System\nBe <brief>.User\nIs it red?Assistant\nYes.User\nAnd blue?✔ Chosen"
+    assert lines in text_of(page)
+    assert images_of(page)[0][0] == "Image for the question: And blue?"
+    rows = int(re.search(r'rowspan="(\d+)"', page)[1])
+    assert rows == page.count("<tr>") == 7
+
+
+def test_what_is_wrong_with_a_row_is_shown_in_its_place():
+    unread = {**layouts.unread("line 7: not JSON: <b>"), "images": []}
+    page = pair_html(unread, "Pair 7")
+    assert "line 7: not JSON: <b>" in text_of(page)
+    assert "✔ Chosen" in text_of(page)
+
+
+@pytest.mark.parametrize("broken", [{"bytes": b"<b>", "path": None}, {"bytes": b"", "path": "a"}])
+def test_an_image_that_cannot_be_read_is_replaced_by_the_reason(broken):
+    page = pair_html(pair(images=[broken, stored(new_image())]), "Pair 1")
+    assert [alt for alt, _ in images_of(page)] == ["Image 2 of 2 for the question: What is it?"]
+    assert text_of(page).startswith("Image 1 of 2 cannot be read")
+
+
+def test_a_large_image_is_reduced_before_it_is_shown(monkeypatch):
+    monkeypatch.setattr(display, "SHOWN_PIXELS", 400)
+    monkeypatch.setattr(images, "NO_PHOTOGRAPH", 400)
+    page = pair_html(pair(images=[new_image(size=(40, 40))]), "Pair 1")
+    assert [size for _, size in images_of(page)] == [(20, 20)]
+
+
+@pytest.mark.parametrize("column", ["images", "prompt", "chosen", "rejected"])
 def test_a_missing_column_is_named(column):
     row = pair()
     del row[column]
     with pytest.raises(ValueError, match=f"Pair 7.*{column}"):
         pair_html(row, "Pair 7")
-
-
-def test_messages_in_place_of_text_are_named():
-    with pytest.raises(ValueError, match=r"Pair 7: 'chosen'.*list"):
-        pair_html(pair(chosen=[{"role": "assistant", "content": "A cup."}]), "Pair 7")
 
 
 def test_the_browser_is_one_bundle_with_a_fallback_and_no_state(shown):

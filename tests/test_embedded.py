@@ -1,6 +1,7 @@
 import random
 
 import numpy as np
+from datasets import load_dataset
 
 from embedded.claims import claims, is_right
 from embedded.drawing import CATEGORIES, SIDE
@@ -15,8 +16,8 @@ from embedded.scenes import (
     true_description,
     with_planted_mistakes,
 )
-from utils import preferences
 from utils.hallucination import says_no
+from utils.settings import locate
 
 
 def test_scenes_follow_their_rules():
@@ -38,7 +39,7 @@ def test_companions_often_stand_together():
 
 def test_a_slice_of_the_data_set_is_rebuilt_from_its_seed():
     """The committed images and truths come out again; another Pillow may change single pixels."""
-    for row in preferences.load("embedded/dataset", "test[:6]"):
+    for row in load_dataset(locate("embedded/dataset"), split="test[:6]"):
         objects, image = scene_and_image("test", row["idx"])
         assert objects == row["objects"]
         stored = np.asarray(row["image"]).astype(int)

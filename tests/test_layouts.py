@@ -1,22 +1,29 @@
+"""Files of pairs with images beside them: every line is read, or named with what is wrong.
+
+tests/test_field_layouts.py reads every layout of the field.
+"""
+
+import base64
 import csv
 import io
 import json
 
 import pytest
-from PIL import Image
+from datasets import Dataset, Features, Image, Value
+from layout_files import PICTURES
 
-from scripts import import_pairs
-from utils import layouts, preferences
+from utils import layouts, preferences, review
 
 COLUMNS = ["image", "question", "chosen", "rejected"]
-GOOD = ["red.png", "What is it?", "A red field, nothing else.", "A dog."]
+GOOD = ["red.jpg", "What is it?", "A red field, nothing else.", "A dog."]
+OTHER = ["pictures/blue.jpg", "What is it?", "A blue field.", "A dog."]
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "pictures").mkdir()
-    for name, color in (("red.png", "red"), ("pictures/blue.jpg", "blue")):
-        Image.new("RGB", (8, 6), color).save(tmp_path / name)
+    (tmp_path / "red.jpg").write_bytes(PICTURES["red"])
+    (tmp_path / "pictures" / "blue.jpg").write_bytes(PICTURES["blue"])
     (tmp_path / "broken.png").write_bytes(b"not an image")
     return tmp_path
 
@@ -32,24 +39,36 @@ def write_jsonl(folder, *lines):
     written = []
     for line in lines:
         if not isinstance(line, str):
-            line = json.dumps(dict(zip(COLUMNS, line, strict=False)))
+            line = json.dumps(dict(zip(COLUMNS, line, strict=False)), ensure_ascii=False)
         written.append(line + "\n")
     (folder / "pairs.jsonl").write_text("".join(written), encoding="utf-8")
 
 
+def write_json(folder, *rows):
+    items = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    (folder / "pairs.json").write_text(json.dumps(items), encoding="utf-8")
+
+
+def load(folder):
+    return preferences.load(str(folder))
+
+
 def problems(folder):
-    """Return the lines of the error message, without its first."""
-    with pytest.raises(ValueError) as error:
-        layouts.load_folder(folder)
-    return str(error.value).splitlines()[1:]
+    """Return {row number: what is wrong with it}, with one problem a row."""
+    found = {}
+    for problem, numbers in preferences.check(load(folder)).items():
+        for number in numbers:
+            assert number not in found
+            found[number] = problem
+    return found
 
 
 def assert_reported(found, expected):
-    """Each problem has the line and contains the fact of its pair (line, fact), in this order."""
-    assert len(found) == len(expected), found
-    for problem, (line, fact) in zip(found, expected, strict=True):
-        assert problem.startswith(f"line {line}: "), problem
-        assert fact in problem
+    """The problem of each row contains its facts."""
+    assert found.keys() == expected.keys(), found
+    for number, facts in expected.items():
+        for fact in facts:
+            assert fact in found[number]
 
 
 def changed(column, value):
@@ -58,166 +77,227 @@ def changed(column, value):
     return row
 
 
-@pytest.mark.parametrize("write", [write_csv, write_jsonl])
-def test_a_folder_becomes_a_data_set_that_check_accepts(folder, write):
-    answer = "Ein blaues Feld – „nichts“ sonst.\nZweite Zeile."
+def spoken(row):
+    return [preferences.text_of(row[name]) for name in layouts.MESSAGES]
+
+
+# Lines
+
+
+@pytest.mark.parametrize("write", [write_csv, write_jsonl, write_json])
+def test_every_letter_and_every_byte_is_read(folder, write):
+    answer = "Ein blaues Feld – „nichts“ sonst.\nZweite\u2028Zeile,\x85 und\tweiter. "
     write(folder, GOOD, ["pictures/blue.jpg", "Was ist das?", answer, "Ein Hund."])
-    dataset = layouts.load_folder(folder)
-    assert preferences.check(dataset) == {}
-    assert dataset[1]["chosen"] == answer
-    assert dataset["question"][:] == ["What is it?", "Was ist das?"]
-    files = [folder / "red.png", folder / "pictures" / "blue.jpg"]
-    assert list(preferences.image_bytes(dataset)) == [file.read_bytes() for file in files]
-
-
-def test_saved_as_parquet_it_loads_as_any_other_data_set_and_names_no_folder(folder):
-    write_csv(folder, GOOD)
-    saved = folder / "saved" / "train.parquet"
-    saved.parent.mkdir()
-    layouts.load_folder(folder).to_parquet(saved)
-    again = preferences.load(str(saved.parent), "train")
-    assert preferences.check(again) == {}
-    assert again[0]["image"].size == (8, 6)
-    assert str(folder).encode() not in saved.read_bytes()
-
-
-def test_every_problem_is_reported_with_its_line(folder):
-    write_csv(
-        folder,
-        GOOD,
-        changed("image", "lost.png"),
-        changed("image", "broken.png"),
-        changed("image", "../red.png"),
-        changed("chosen", "  "),
-        changed("rejected", GOOD[2]),
-        ["red.png", "One\nquestion, two lines", "Yes.", "No.", "too many"],
-        GOOD,
-    )
-    expected = [
-        (3, "'lost.png'"),
-        (4, "'broken.png'"),
-        (5, "'../red.png'"),
-        (6, "empty chosen"),
-        (7, "chosen equals rejected"),
-        (8, "5 values for 4 columns"),
-        (10, "duplicate pair"),
-    ]
-    assert_reported(problems(folder), expected)
-
-
-def test_two_problems_of_one_row_are_both_reported(folder):
-    write_jsonl(folder, ["lost.png", "What?", "", "No."])
-    assert_reported(problems(folder), [(1, "empty chosen"), (1, "'lost.png'")])
-
-
-def test_a_line_of_json_that_is_no_row_is_reported_unless_it_is_empty(folder):
-    number = {"image": "red.png", "question": "How many?", "chosen": 1, "rejected": "Two."}
-    write_jsonl(
-        folder, '{"image": "red.png",}', "", '["red.png"]', GOOD[:3], json.dumps(number), GOOD
-    )
-    expected = [(1, "JSON"), (3, '["red.png"]'), (4, "no rejected"), (5, "chosen")]
-    assert_reported(problems(folder), expected)
-
-
-def test_a_wrong_column_names_those_there_are(folder):
-    write_csv(folder, GOOD, columns=["image", "question", "winner", "rejected"])
-    found = problems(folder)
-    assert_reported(found, [(1, "chosen")])
-    assert "image, question, winner, rejected" in found[0]
-
-
-@pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl"])
-def test_a_line_that_is_not_utf_8_is_named_and_the_others_are_still_read(folder, name):
-    write = write_csv if name == "pairs.csv" else write_jsonl
-    write(folder, GOOD, changed("chosen", "Ein gruenes Feld."), changed("image", "lost.png"))
-    data = (folder / name).read_bytes().replace(b"grue", "grü".encode("latin-1"))
-    (folder / name).write_bytes(data)
-    first = 3 if name == "pairs.csv" else 2
-    assert_reported(problems(folder), [(first, "UTF-8"), (first + 1, "'lost.png'")])
+    rows = load(folder)
+    assert preferences.check(rows) == {}
+    assert [spoken(row) for row in rows] == [GOOD[1:], ["Was ist das?", answer, "Ein Hund."]]
+    assert list(preferences.image_bytes(rows)) == [[PICTURES["red"]], [PICTURES["blue"]]]
 
 
 def test_a_byte_order_mark_as_excel_writes_it_does_no_harm(folder):
     write_csv(folder, GOOD)
     (folder / "pairs.csv").write_bytes(b"\xef\xbb\xbf" + (folder / "pairs.csv").read_bytes())
-    assert len(layouts.load_folder(folder)) == 1
+    assert [spoken(row) for row in load(folder)] == [GOOD[1:]]
+
+
+def test_every_problem_of_a_table_is_reported(folder):
+    write_csv(
+        folder,
+        GOOD,
+        changed("image", "lost.png"),
+        changed("image", "broken.png"),
+        changed("image", "../red.jpg"),
+        changed("chosen", "  "),
+        changed("rejected", GOOD[2]),
+        ["red.jpg", "One\nquestion, two lines", "Yes.", "No.", "too many"],
+        changed("image", "https://h/a.png"),
+        GOOD,
+    )
+    expected = {
+        1: ["missing image"],
+        2: ["unreadable image"],
+        3: ["line 5: ", "'../red.jpg'"],
+        4: ["empty chosen"],
+        5: ["chosen equals rejected"],
+        6: ["line 8: ", "5 values for 4 columns"],
+        7: ["line 10: ", "https://h/a.png"],
+        8: ["duplicate pair"],
+    }
+    assert_reported(problems(folder), expected)
+
+
+def test_a_line_of_json_that_is_no_row_is_reported_unless_it_is_empty(folder):
+    number = json.dumps({"image": "red.jpg", "question": "How many?", "chosen": 1, "rejected": "2"})
+    write_jsonl(folder, '{"image": "red.jpg",}', "", '["red.jpg"]', GOOD[:3], number, GOOD)
+    expected = {
+        0: ["line 1: ", "JSON"],
+        1: ["line 3: ", '["red.jpg"]'],
+        2: ["line 4: ", "no rejected"],
+        3: ["line 5: ", "chosen"],
+    }
+    assert_reported(problems(folder), expected)
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        json.dumps(dict(zip(COLUMNS, changed("chosen", "\ud83e"), strict=True))),
+        '{"image": "red.jpg", "\\ud83e": 1}',
+        '{"\\ud83e": 1, "\\ud83e": 2}',
+        '"\\ud83e"',
+    ],
+)
+def test_half_a_character_costs_only_its_row(folder, half):
+    write_jsonl(folder, GOOD, half, OTHER)
+    assert_reported(problems(folder), {1: ["line 2: "]})
+
+
+def test_an_item_of_a_list_that_is_no_row_is_reported(folder):
+    good = dict(zip(COLUMNS, GOOD, strict=True))
+    items = [good, 7, {**good, "image": "../a.jpg"}, "\ud83e"]
+    (folder / "pairs.json").write_text(json.dumps(items))
+    expected = {1: ["item 2: ", "7"], 2: ["item 3: ", "'../a.jpg'"], 3: ["item 4: "]}
+    assert_reported(problems(folder), expected)
+
+
+def test_a_file_of_json_that_is_no_list_is_named(folder):
+    (folder / "pairs.json").write_text('{"data": []}')
+    with pytest.raises(ValueError, match=r"pairs\.json: .*list"):
+        load(folder)
+
+
+def test_a_streamed_file_names_the_same_lines(folder):
+    write_jsonl(folder, GOOD, "{", changed("image", "../red.jpg"))
+    stream = preferences.load(str(folder), streaming=True)
+    assert [row["problem"] for row in stream] == load(folder)["problem"][:]
+    assert load(folder)["problem"][0] is None
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl"])
+def test_a_line_that_is_not_utf_8_is_named_and_the_others_are_still_read(folder, name):
+    write = write_csv if name == "pairs.csv" else write_jsonl
+    write(folder, GOOD, changed("chosen", "Ein gruenes Feld."), changed("image", "../a.png"), OTHER)
+    data = (folder / name).read_bytes().replace(b"grue", "grü".encode("latin-1"))
+    (folder / name).write_bytes(data)
+    first = 3 if name == "pairs.csv" else 2
+    expected = {1: [f"line {first}: ", "UTF-8"], 2: [f"line {first + 1}: ", "'../a.png'"]}
+    assert_reported(problems(folder), expected)
+
+
+def test_two_lines_of_one_row_that_are_not_utf_8_are_one_problem(folder):
+    write_csv(folder, GOOD, changed("chosen", "A\nvery ?\nor ?\nred field."), OTHER)
+    data = (folder / "pairs.csv").read_bytes().replace(b"?\n", b"\xff\n")
+    (folder / "pairs.csv").write_bytes(data)
+    assert_reported(problems(folder), {1: ["line 4: ", "UTF-8"]})
 
 
 def test_a_quote_that_is_never_closed_is_reported_where_it_begins(folder):
-    (folder / "pairs.csv").write_text(
-        "image,question,chosen,rejected\n"
-        "red.png,What?,A red field.,A dog.\n"
-        'red.png,"What?,Yes.,No.\n'
-    )
-    assert_reported(problems(folder), [(3, "CSV")])
-
-
-def test_no_pair_at_all_is_a_problem(folder):
-    write_csv(folder)
-    with pytest.raises(ValueError, match=r"pairs\.csv: 0 pairs"):
-        layouts.load_folder(folder)
-    (folder / "pairs.csv").write_text("")
-    assert_reported(problems(folder), [(1, "image, question, chosen, rejected")])
-
-
-def test_only_the_first_twenty_problems_are_listed_with_the_number_of_all(folder):
-    write_csv(folder, *[changed("image", f"{number}.png") for number in range(25)])
-    found = problems(folder)
-    assert len(found) == layouts.SHOWN + 1
-    assert "5 more" in found[-1]
-
-
-def test_without_a_file_of_pairs_or_with_two_it_says_which_are_needed(folder):
-    with pytest.raises(FileNotFoundError, match=r"pairs\.jsonl.*pairs\.csv"):
-        layouts.load_folder(folder)
     write_csv(folder, GOOD)
+    with (folder / "pairs.csv").open("a") as file:
+        file.write('red.jpg,"What?,Yes.,No.\nred.jpg,Why?,Yes.,No.\n')
+    assert_reported(problems(folder), {1: ["line 3: ", "CSV", "not read"]})
+
+
+def test_two_problems_of_one_row_are_both_reported(folder):
+    write_jsonl(folder, ["broken.png", "What?", "", "No."])
+    assert preferences.check(load(folder)) == {"empty chosen": [0], "unreadable image": [0]}
+
+
+@pytest.mark.parametrize("text", ["", ",".join(COLUMNS) + "\n"])
+def test_a_file_without_a_row_is_named(folder, text):
+    (folder / "pairs.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"pairs\.csv: no row"):
+        load(folder)
+
+
+def test_a_wrong_column_names_those_there_are(folder):
+    write_csv(folder, GOOD, columns=["image", "question", "winner", "rejected"])
+    with pytest.raises(ValueError, match=r"pairs\.csv.*image, question, rejected, winner"):
+        load(folder)
+
+
+def test_of_several_files_the_one_called_as_the_split_is_read(folder):
     write_jsonl(folder, GOOD)
-    with pytest.raises(FileNotFoundError, match=r"pairs\.jsonl.*pairs\.csv"):
-        layouts.load_folder(folder)
+    (folder / "pairs.jsonl").rename(folder / "train.jsonl")
+    write_jsonl(folder, OTHER, OTHER)
+    (folder / "pairs.jsonl").rename(folder / "test.jsonl")
+    assert len(load(folder)) == 1
+    assert len(preferences.load(str(folder), "test[1:]")) == 1
+    with pytest.raises(FileNotFoundError, match=r"test\.jsonl, train\.jsonl"):
+        preferences.load(str(folder), "validation")
 
 
-def test_every_tenth_image_is_held_out_with_all_its_pairs(tmp_path):
-    for number in range(20):
-        Image.new("RGB", (8, 6), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    rows = []
-    for number in range(60):
-        rows.append([f"{number % 20}.png", f"Question {number}?", "A dark field.", "A dog."])
-    write_csv(tmp_path, *rows)
-    dataset = layouts.load_folder(tmp_path)
-    train, test = layouts.held_out(dataset)
-    assert len(train) == 54
-    assert len(test) == 6
-    assert preferences.check(train, held_out=test) == {}
-    assert sorted([*train["question"], *test["question"]]) == sorted(dataset["question"])
+def test_a_review_beside_the_pairs_is_not_taken_for_pairs(folder):
+    write_jsonl(folder, GOOD)
+    review.write_lines(folder, [])
+    assert len(load(folder)) == 1
 
 
-def test_one_image_alone_leaves_nothing_to_hold_out(folder):
-    write_csv(folder, GOOD)
-    with pytest.raises(SystemExit, match="one image"):
-        import_pairs.main([str(folder)])
-    assert not (folder / "data").exists()
+# Images
 
 
-def test_the_command_line_writes_splits_that_load(folder, capsys):
-    write_csv(folder, GOOD, ["pictures/blue.jpg", *GOOD[1:]])
-    import_pairs.main([str(folder)])
-    assert str(folder / "data") in capsys.readouterr().out
-    train = preferences.load(str(folder / "data"), "train")
-    test = preferences.load(str(folder / "data"), "test")
-    assert len(train) == len(test) == 1
-    assert train[0]["chosen"] == GOOD[2]
-    colors = [train[0]["image"].getpixel((0, 0)), test[0]["image"].getpixel((0, 0))]
-    assert (255, 0, 0) in colors
-    assert colors[0] != colors[1]
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
+def test_a_file_outside_is_refused_and_its_path_is_not_kept(tmp_path, kind):
+    outside = tmp_path / "outside.jpg"
+    outside.write_bytes(PICTURES["green"])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link.jpg").symlink_to(outside)
+    name = {"parent": "../outside.jpg", "absolute": str(outside), "link": "link.jpg"}[kind]
+    write_jsonl(folder, changed("image", name))
+    (row,) = load(folder)
+    assert row["images"] == []
+    assert repr(name[:80]) in row["problem"]
 
 
-def test_the_command_line_takes_another_folder_to_write_to(folder):
-    write_csv(folder, GOOD, ["pictures/blue.jpg", *GOOD[1:]])
-    import_pairs.main([str(folder), "--output", str(folder / "elsewhere" / "pairs")])
-    assert not (folder / "data").exists()
-    assert len(preferences.load(str(folder / "elsewhere" / "pairs"), "train")) == 1
+def test_an_absolute_path_inside_is_read_also_where_the_folder_is_a_link(folder, tmp_path):
+    write_jsonl(folder, changed("image", str(folder / "red.jpg")), OTHER)
+    (tmp_path / "link").symlink_to(folder)
+    assert preferences.check(load(tmp_path / "link")) == {}
 
 
-def test_the_command_line_says_what_is_wrong(folder):
-    write_csv(folder, ["broken.png", *GOOD[1:]])
-    with pytest.raises(SystemExit, match=r"line 2: .*broken"):
-        import_pairs.main([str(folder)])
+@pytest.mark.parametrize("name", ["red.jpg", "pictures/blue.jpg"])
+def test_paths_lead_into_the_folder_from_any_working_directory(folder, tmp_path, monkeypatch, name):
+    write_jsonl(folder, changed("image", name))
+    expected = [[(folder / name).read_bytes()]]
+    other = tmp_path / "elsewhere"
+    (other / "pictures").mkdir(parents=True)
+    (other / name).write_bytes(PICTURES["green"])
+    for place, source in ((other, str(folder)), (folder, "."), (other, "../pairs.jsonl")):
+        monkeypatch.chdir(place)
+        rows = preferences.load(source)
+        monkeypatch.chdir(other)
+        assert list(preferences.image_bytes(rows)) == expected
+
+
+ENCODED = base64.b64encode(PICTURES["red"]).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENCODED,
+        f"data:image/jpeg;base64,{ENCODED}",
+        "\n".join(ENCODED[start : start + 76] for start in range(0, len(ENCODED), 76)),
+    ],
+)
+def test_an_image_may_be_base64(folder, text):
+    write_jsonl(folder, changed("image", text))
+    assert list(preferences.image_bytes(load(folder))) == [[PICTURES["red"]]]
+
+
+@pytest.mark.parametrize("text", ["data:image/jpeg;base64,", "data:image/jpeg;base64,?!", "data:"])
+def test_a_data_address_without_an_image_is_missing(folder, text):
+    write_jsonl(folder, changed("image", text))
+    assert preferences.check(load(folder)) == {"missing image": [0]}
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_an_empty_file_is_a_missing_image_and_not_a_row_without_one(as_stream):
+    texts = dict.fromkeys(COLUMNS[1:], Value("string"))
+    row = {"image": {"bytes": b"", "path": None}, **dict(zip(COLUMNS[1:], GOOD[1:], strict=True))}
+    stored = Dataset.from_list([row], features=Features({"image": Image(), **texts}))
+    if as_stream:
+        stored = stored.to_iterable_dataset()
+    (row,) = layouts.as_rows(stored)
+    assert row["images"] == [{"bytes": b"", "path": None}]

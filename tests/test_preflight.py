@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mixed_rows import IMAGE, NONE, NONE_EITHER, ONE, ROWS, TWO, dataset, row, text, turn
 from peft import get_peft_model
 
 from utils import chat, models, preferences, preflight, training
@@ -56,6 +57,67 @@ def test_a_right_set_up_passes_every_check(trainer):
     assert {row["result"] for row in rows} == {preflight.OK}
     assert {row["what to do"] for row in rows} == {""}
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("pairs", [ROWS, [NONE, NONE_EITHER]])
+def test_rows_with_and_without_images_pass_every_check(pairs, processor, tmp_path):
+    trainer = training.make_trainer(
+        SETTINGS,
+        models.load_model(SETTINGS),
+        processor,
+        chat.format_dataset(dataset(pairs)),
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        disable_tqdm=True,
+    )
+    found = {row["check"]: row for row in preflight.check(trainer)}
+    assert list(found) == CHECKS
+    assert {row["result"] for row in found.values()} == {preflight.OK}
+    # Two pairs, so four rows: those with two images of nine tokens each, or without any.
+    tokens = 4 * 2 * 9 if pairs is ROWS else 0
+    assert found["image tokens"]["found"] == f"{tokens} for {tokens} features of the model"
+
+
+def test_images_make_a_row_long(trainer, monkeypatch):
+    wordy = row([], [turn("user", text("Why? " * 100))])
+    wordier = row(ONE["images"], [turn("user", IMAGE, text("Why? " * 300))])
+    rows = chat.format_dataset(dataset([NONE, TWO, ONE, wordy]))
+    monkeypatch.setattr(trainer, "train_dataset", rows)
+    expected = [rows[1], rows[2], rows[3], rows[0]]
+    assert preflight.longest_rows(trainer) == expected
+    rows = chat.format_dataset(dataset([TWO, wordier]))
+    monkeypatch.setattr(trainer, "train_dataset", rows)
+    assert preflight.longest_rows(trainer) == [rows[1], rows[0]]
+
+
+@pytest.mark.parametrize("pair, images", [(NONE, 0), (ONE, 1), (TWO, 2)])
+def test_memory_counts_the_tokens_of_further_images(pair, images, trainer, monkeypatch):
+    """The estimate itself adds the nine tokens of one image."""
+    rows = chat.format_dataset(dataset([pair]))
+    monkeypatch.setattr(trainer, "train_dataset", rows)
+    text_tokens = []
+    right = preflight.memory.estimate
+
+    def watched(settings, tokens, **options):
+        text_tokens.append(tokens)
+        return right(settings, tokens, **options)
+
+    monkeypatch.setattr(preflight.memory, "estimate", watched)
+    preflight.check(trainer)
+    length = chat.count_tokens(rows[0], trainer.processing_class)
+    assert text_tokens == [length - (9 if images else 0)]
+
+
+def test_a_sharded_run_needs_an_image_in_every_row_or_in_none(trainer, monkeypatch):
+    for pairs, result in (([ONE, TWO], "ok"), ([NONE, NONE_EITHER], "ok"), (ROWS, "failed")):
+        monkeypatch.setattr(trainer, "train_dataset", chat.format_dataset(dataset(pairs)))
+        assert preflight.check_images_of_every_process(trainer)["result"] == result
+    found = preflight.check_images_of_every_process(trainer)["found"]
+    assert found == "2 of 6 rows have none"
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    names = [row["check"] for row in preflight.check(trainer)]
+    assert names[-2:] == ["images", "one step"]
 
 
 def test_the_learning_rate_of_full_fine_tuning_is_refused_for_an_adapter(trainer, monkeypatch):

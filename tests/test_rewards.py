@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from mixed_rows import ROWS, dataset
 
 from utils import chat, models, preferences, rewards, training
 from utils.settings import PROFILES
@@ -142,6 +143,17 @@ def test_pair_logps_counts_the_answers_tokens(processor, rows, logps):
     counts = chat.check_tokens(rows[3], processor)
     assert logps["chosen_tokens"][3] == counts["chosen_tokens"]
     assert logps["rejected_tokens"][3] == counts["rejected_tokens"]
+
+
+def test_rows_with_and_without_images_are_scored_as_each_is_alone(trainer, processor):
+    mixed = chat.format_dataset(dataset())
+    logps = rewards.pair_logps(SETTINGS, trainer.model, processor, mixed)
+    for number in range(len(ROWS)):
+        alone = rewards.pair_logps(SETTINGS, trainer.model, processor, mixed.select([number]))
+        for name, values in alone.items():
+            assert logps[name][number] == pytest.approx(values[0], abs=1e-4), name
+    logits = rewards.answer_logits(trainer.model, processor, list(mixed))
+    assert len(logits) == logps["chosen_tokens"].sum() + logps["rejected_tokens"].sum()
 
 
 @pytest.mark.parametrize("training_mode", [True, False])

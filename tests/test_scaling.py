@@ -16,8 +16,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import load_dataset
 
-from utils import chat, preferences
-from utils.settings import EMBEDDED_DATASET, ROOT
+from utils import chat, layouts, preferences
+from utils.settings import EMBEDDED_DATASET, ROOT, locate
 
 CONFIGS = ROOT / "configs" / "accelerate"
 KINDS = {
@@ -85,10 +85,10 @@ def test_fsdp_takes_every_value():
 
 def test_a_stream_by_row_group_has_every_row_once_and_reads_one_group_at_a_time(tmp_path):
     questions = [f"Number {number}?" for number in range(24)]
-    rows = preferences.load(EMBEDDED_DATASET, "train[:24]").remove_columns("question")
+    rows = load_dataset(locate(EMBEDDED_DATASET), split="train[:24]").remove_columns("question")
     path = str(tmp_path / "pairs.parquet")
     rows.add_column("question", questions).to_parquet(path, batch_size=4)
-    stream = load_dataset("parquet", data_files=path, split="train", streaming=True).reshard()
+    stream = preferences.load(path, streaming=True).reshard()
     assert stream.num_shards == 6, "24 rows in groups of 4"
-    asked = [row["prompt"][0]["content"][-1]["text"] for row in chat.format_dataset(stream)]
+    asked = [layouts.text_of(row["prompt"]) for row in chat.format_dataset(stream)]
     assert asked == questions

@@ -36,6 +36,26 @@ def test_locate_finds_what_the_repository_ships_and_leaves_hub_names():
     assert settings.locate("HuggingFaceM4/idefics2-8b") == "HuggingFaceM4/idefics2-8b"
 
 
+@pytest.mark.parametrize("name", ["results", "embedded/model", "owner/model"])
+def test_a_path_of_the_user_s_own_comes_before_one_of_the_repository(name, tmp_path, monkeypatch):
+    """Except for what is embedded, whose name means the same from everywhere."""
+    repository = settings.locate(name)
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    own = str(tmp_path / name)
+    assert settings.locate(name) == (repository if name == settings.EMBEDDED_MODEL else own)
+    assert settings.locate(own) == own
+
+
+def test_a_profile_that_trains_and_tests_on_one_split_takes_parts_of_it():
+    drawn = 0
+    for chosen in settings.PROFILES.values():
+        if chosen.train_split == chosen.test_split:
+            drawn += 1
+            assert chosen.train_rows and chosen.test_rows
+    assert drawn
+
+
 @pytest.mark.parametrize(
     ("profile", "device"), [("smolvlm", 15e9), ("qwen", 15e9), ("idefics2", 24e9)]
 )

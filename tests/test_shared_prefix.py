@@ -11,11 +11,15 @@ from both_trainers import (
     BOTH,
     SETTINGS,
     assert_same_batch,
+    assert_same_for_mixed_rows,
     assert_same_step,
+    family_trainers,
+    log_probs,
     make_trainer,
     same_to_the_last_bit,
     seen_by_the_vision_tower,
 )
+from mixed_rows import BATCHES, TWO, dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import Pair, tiny_batch, tiny_model
 from trl import DPOConfig
@@ -46,7 +50,9 @@ def test_the_row_that_the_docstring_draws():
     labels[0, 3:5] = labels[2, 3:5] = 5
     labels[1, 4:7] = labels[3, 4:6] = 6
     attention_mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7, [1] * 5 + [0] * 2, [1] * 6 + [0]])
-    pairs = PackedPairs(attention_mask, labels)
+    lengths = shared_prefix.row_lengths(attention_mask, labels)
+    assert lengths == ([3, 4, 3, 4], [2, 3, 2, 2])
+    pairs = PackedPairs(attention_mask, labels, lengths)
     assert pairs.place.tolist() == list(range(10))
     assert pairs.row[0].tolist() == [0, 0, 0, 0, 0, 2, 2, 2, 2, 2]
     assert pairs.column[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]
@@ -97,6 +103,22 @@ def test_a_step_is_the_same(family, make):
     assert ours.packs
 
 
+def test_the_device_is_asked_for_lengths_once_a_forward(make, monkeypatch):
+    ours = make(SharedPrefixDPOTrainer, tiny_model("llava"))
+    _, batch = tiny_batch(tiny_model("llava"), PAIRS)
+    asked = []
+    right = shared_prefix.row_lengths
+
+    def counted(*arguments):
+        asked.append(1)
+        return right(*arguments)
+
+    monkeypatch.setattr(shared_prefix, "row_lengths", counted)
+    log_probs(ours, batch)
+    assert ours.packs
+    assert len(asked) == 1
+
+
 def test_the_comparison_finds_a_rejected_answer_that_sees_the_chosen_one(make, monkeypatch):
     stock, ours = (make(kind, tiny_model("llava")) for kind in BOTH)
     batches = tiny_batch(tiny_model("llava"), PAIRS)
@@ -112,6 +134,44 @@ def test_a_frozen_vision_tower_sees_each_image_once_and_gets_no_gradient(make):
     forwards, once, backwards = seen_by_the_vision_tower(ours, batch)
     assert (forwards, backwards) == (1, 0)
     assert seen_by_the_vision_tower(stock, stock_batch)[:2] == (2, 2 * 2 * once)
+
+
+# Rows with none, one and several images, with the family's own processor and collator
+
+
+@pytest.fixture(scope="module")
+def mixed_trainers(tmp_path_factory):
+    return family_trainers("SmolVLM", tmp_path_factory.mktemp("family"))
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_a_step_on_mixed_rows_is_the_same(case, mixed_trainers):
+    rows = chat.format_dataset(dataset(BATCHES[case]))
+    assert mixed_trainers[1].packs
+    assert_same_for_mixed_rows(mixed_trainers, list(rows))
+
+
+def test_the_comparison_of_mixed_rows_finds_images_of_another_row(mixed_trainers, monkeypatch):
+    rows = chat.format_dataset(dataset(BATCHES["none, one and two images"]))
+    ours = mixed_trainers[1]
+    collate = ours.data_collator
+
+    def rolled(examples):
+        batch = collate(examples)
+        batch["pixel_values"] = batch["pixel_values"].roll(1, 0)
+        return batch
+
+    monkeypatch.setattr(ours, "data_collator", rolled)
+    with pytest.raises(AssertionError):
+        assert_same_for_mixed_rows(mixed_trainers, list(rows))
+
+
+def test_the_order_of_images_matters(mixed_trainers):
+    row = chat.format_dataset(dataset([TWO]))[0]
+    other = {**row, "images": row["images"][::-1]}
+    for trainer in mixed_trainers:
+        logps = [log_probs(trainer, trainer.data_collator([dict(one)])) for one in (row, other)]
+        assert (logps[0].sum(1) - logps[1].sum(1)).abs().min() > 1e-3
 
 
 # What decides whether images and rows are shared
@@ -206,7 +266,7 @@ def test_the_collator_gives_the_stock_batch_with_each_image_once(
         question = row["prompt"][0]["content"][-1]["text"]
         example = {"chosen": row["chosen"], "rejected": row["rejected"]}
         example["prompt"] = [{"role": "user", "content": question}]
-        example["images"] = [row["image"]] * count
+        example["images"] = row["images"] * count
         examples.append(example)
     kept = str(examples)
     stock = DataCollatorForVisionPreference(processor, max_length)

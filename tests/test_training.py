@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
+from mixed_rows import RED, ROWS, dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from scripts import train
-from utils import models, training
+from utils import chat, layouts, models, training
 from utils.settings import PROFILES
 
 SETTINGS = PROFILES["embedded"]
@@ -117,6 +118,24 @@ def test_continuing_needs_exactly_one_adapter(adapted, tmp_path):
     for model in (models.load_model(SETTINGS), adapted):
         with pytest.raises(ValueError, match="exactly one adapter"):
             training.make_trainer(SETTINGS, model, None, [], tmp_path, continue_adapter=True)
+
+
+def test_pairs_of_one_answer_and_two_images_are_refused(processor, tmp_path):
+    """By name, also in a stream, which does not know its columns, and among rows to validate on."""
+    second = ([[RED]] * len(ROWS), layouts.IMAGE_LIST)
+    loaded = dataset(rejected_images=second)
+    rows = chat.format_dataset(loaded)
+    stream = chat.format_dataset(loaded.with_format(None).to_iterable_dataset())
+    plain = chat.format_dataset(dataset())
+    for train_rows, validation_rows in ((rows, None), (stream, None), (plain, rows)):
+        with pytest.raises(ValueError, match=r'remove_columns\("rejected_images"\)'):
+            training.make_trainer(
+                SETTINGS, None, processor, train_rows, tmp_path, validation_rows=validation_rows
+            )
+    for without in (rows, stream):
+        without = without.remove_columns("rejected_images")
+        training.refuse_rejected_images(without)
+        assert "rejected_images" not in next(iter(without))
 
 
 def test_only_the_language_model_is_in_4_bit():

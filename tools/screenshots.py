@@ -26,7 +26,7 @@ from utils import display, preferences
 from utils.settings import PROFILES
 
 settings = PROFILES["embedded"]
-display.browse(preferences.load(settings.dataset, settings.train_split))
+display.browse(preferences.load_part(settings, "train"))
 """
 COLORS = 128  # enough for drawings, and a third of the bytes
 

@@ -1,25 +1,23 @@
-"""Turn preference pairs into conversations, rendered text and tokens, and check each step."""
+"""Turn preference pairs into rendered text, tokens and batches, and check each step.
 
-from functools import lru_cache
+A row is TRL's: `images`, a list of none, one or several; `prompt`, `chosen` and `rejected`, lists
+of messages. The content of a message is a list of parts, texts and places of images.
+"""
 
-from datasets import Dataset, Image
+from functools import lru_cache, partial
+
+from datasets import Dataset
+from jinja2 import TemplateError
 from PIL import Image as PillowImage
 from trl import apply_chat_template
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from utils.images import image_size, read_image, upright_rgb
-from utils.preferences import (
-    REQUIRED_COLUMNS,
-    TEXT_COLUMNS,
-    refuse_special_tokens,
-    require_columns,
-    require_types,
-    special_tokens,
-)
+from utils.layouts import COLUMNS, MESSAGES, PROBLEM, stored_batch, text_of
+from utils.preferences import refuse_special_tokens, special_tokens
 from utils.progress import progress
 
 ANSWERS = ("chosen", "rejected")
-MESSAGES = ("prompt", *ANSWERS)
 
 
 def prompt_messages(question):
@@ -43,95 +41,168 @@ def text_part(text, name):
 
 
 def conversation(row):
-    """Return the texts of one row as messages, as `DPOTrainer` takes them beside the images."""
-    question = row["question"]
-    messages = {"prompt": prompt_messages(question)}
-    for name in ANSWERS:
-        messages[name] = answer_messages(row[name], described(f"{name} answer", question))
+    """Return the messages of one row, as `DPOTrainer` takes them beside the images.
+
+    Columns that are not in `row` are left out. Raises ValueError when a text is missing.
+    """
+    question = last_question(row)
+    messages = {}
+    for column in MESSAGES:
+        if column in row:
+            part = "prompt" if column == "prompt" else f"{column} answer"
+            require_texts(row[column], described(part, question))
+            messages[column] = row[column]
     return messages
 
 
-def format_dataset(dataset, special_tokens=()):
-    """Return rows for `DPOTrainer`: `image`, upright RGB; `prompt`, `chosen`, `rejected`, messages.
-
-    Each row is made when it is read. No image is decoded, encoded again or written before that,
-    whatever the size or the order of `dataset`, and whether it is loaded or streamed. Attaching a
-    column after `shuffle` or `select` would write every image again.
-
-    Reading a row raises ValueError when its image cannot be read or is too large, or when a text
-    is missing. A stream does not go through `within_budget`, so there a text with one of
-    `special_tokens` also raises it.
-    """
-    require_columns(dataset.column_names, "the data set to format")
-    require_types(dataset.features, "the data set to format")
-    columns = dataset.select_columns(REQUIRED_COLUMNS)
-    columns = columns.cast_column("image", Image(decode=False))  # `read_image` decodes it
-    if isinstance(dataset, Dataset):
-        return columns.rename_column("question", "prompt").with_transform(with_messages)
-    # `rename_column` would encode every image of a stream again.
-    return columns.map(
-        streamed,
-        with_indices=True,
-        remove_columns=["question"],
-        fn_kwargs={"tokens": special_tokens},
-    )
+def require_texts(messages, name):
+    """Raise ValueError with `name` when there is no message or when one lacks its text."""
+    if not messages:
+        raise ValueError(f"{name} is missing: drop the row; preferences.check lists all such rows")
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "text":
+                text_part(part.get("text"), name)
 
 
-def with_messages(batch):
-    """Return a batch of columns with its texts as messages and its images decoded.
-
-    Columns that were not asked for are absent.
-    """
-    out = dict(batch)
-    rows = len(next(iter(batch.values()), []))
-    questions = batch.get("prompt", [None] * rows)
-    if "prompt" in batch:
-        out["prompt"] = [prompt_messages(question) for question in questions]
-    for name in ANSWERS:
-        if name in batch:
-            out[name] = []
-            for answer, question in zip(batch[name], questions, strict=True):
-                out[name].append(answer_messages(answer, described(f"{name} answer", question)))
-    if "image" in batch:
-        out["image"] = []
-        for stored, question in zip(batch["image"], questions, strict=True):
-            out["image"].append(read_image(stored, described("image", question, stored)))
-    return out
+def last_question(row):
+    """Return what the user asks last in a row, or an empty text."""
+    for turn in reversed(row.get("prompt") or []):
+        if turn["role"] == "user":
+            return " ".join(part["text"] for part in turn["content"] if part.get("text"))
+    return ""
 
 
-def streamed(row, number, tokens):
-    """Return row `number` of a stream with its texts as messages and its image decoded."""
-    try:
-        for column in TEXT_COLUMNS:
-            refuse_special_tokens(tokens, row[column] or "", column)
-        name = described("image", row["question"], row["image"])
-        return {**conversation(row), "image": read_image(row["image"], name)}
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from error
+def places_of(messages):
+    """Return how many images `messages` have a place for."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
 def described(part, question, stored=None):
     """Return what an error calls a part of a row: with its file and question, where known."""
     name = f"the {part}"
     if isinstance(stored, dict) and stored.get("path"):
-        name += f" {stored['path']}"
+        name += f" {stored['path'][:80]}"
     if question:
         name += f" of the question {question[:80]!r}"
     return name
 
 
-def render(row, processor):
-    """Return one row as the chat template writes it.
+def format_dataset(dataset, pixel_budget=None, special_tokens=()):
+    """Return rows for `DPOTrainer`: upright RGB images, and messages whose parts are complete.
 
-    `images` is a list with one decoded image; `prompt`, `chosen` and `rejected` are texts. An
-    answer is rendered together with its prompt and the prompt is then cut off, because some
-    templates, such as Qwen's, would put a system turn before an answer that is rendered alone.
+    Each row is made when it is read. No image is decoded, encoded again or written before that,
+    whatever the size or the order of `dataset`, and whether it is loaded or streamed. Attaching a
+    column after `shuffle` or `select` would write every image again. Other columns are left out,
+    except `rejected_images`.
+
+    Reading a row raises ValueError when an image cannot be read or is too large, when a text is
+    missing, when there are more or fewer images than places for them, and when `preferences.load`
+    noted a problem. A stream does not go through `within_budget`, so there a text with one of
+    `special_tokens` also raises it.
+
+    Args:
+        pixel_budget: larger images are reduced to so many pixels when they are read.
+    """
+    names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them
+    missing = [column for column in COLUMNS if column not in names]
+    if missing:
+        raise ValueError(
+            f"the data set to format: no column {', '.join(missing)}; it has {', '.join(names)}. "
+            "Read it with preferences.load, or layouts.as_rows(dataset)"
+        )
+    taken = [column for column in (*COLUMNS, "rejected_images", PROBLEM) if column in names]
+    dataset = dataset.select_columns(taken)
+    if isinstance(dataset, Dataset):
+        return dataset.with_transform(partial(formatted_batch, pixel_budget=pixel_budget))
+    return dataset.map(
+        streamed_row,
+        with_indices=True,
+        remove_columns=taken,
+        fn_kwargs={"pixel_budget": pixel_budget, "tokens": special_tokens},
+    )
+
+
+def formatted_batch(batch, pixel_budget):
+    """Return a batch of stored columns as `formatted_row` makes its rows."""
+    batch = stored_batch(batch)
+    columns = {name: [] for name in batch if name != PROBLEM}
+    for values in zip(*batch.values(), strict=True):
+        row = formatted_row(dict(zip(batch, values, strict=True)), pixel_budget)
+        for name, column in columns.items():
+            column.append(row[name])
+    return columns
+
+
+def streamed_row(row, number, pixel_budget, tokens):
+    """Return row `number` of a stream as `formatted_row` makes it, without any of `tokens`."""
+    try:
+        batch = formatted_batch({name: [value] for name, value in row.items()}, pixel_budget)
+        read = {name: values[0] for name, values in batch.items()}
+        require_plain_text(read, tokens)
+        return read
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
+
+
+def formatted_row(row, pixel_budget):
+    """Return a row with its images decoded. Columns that were not asked for are absent."""
+    read = complete(row)
+    for column in ("images", "rejected_images"):
+        if column not in row:
+            continue
+        read[column] = []
+        for stored, name in named_images(row, column):
+            read[column].append(read_image(stored, name, pixel_budget))
+    return read
+
+
+def complete(row):
+    """Return the messages of a row and its `images` as they are.
+
+    Raises ValueError when `preferences.load` noted a problem, when a text is missing, and when
+    there are more or fewer images than places for them.
+    """
+    question = last_question(row)
+    if row.get(PROBLEM):
+        raise ValueError(f"{described('row', question)} cannot be read: {row[PROBLEM]}")
+    checked = conversation(row)
+    if "images" not in row:
+        return checked
+    checked["images"] = row["images"]
+    if "prompt" in row and places_of(row["prompt"]) != len(checked["images"]):
+        raise ValueError(
+            f"{described('row', question)} has {len(checked['images'])} images and "
+            f"{places_of(row['prompt'])} places for them in its prompt: drop the row"
+        )
+    return checked
+
+
+def named_images(row, column="images"):
+    """Return a list of (image, what an error calls it) for each image of a row."""
+    stored_images = row[column] or []
+    question = last_question(row)
+    named = []
+    for number, stored in enumerate(stored_images, start=1):
+        part = "image"
+        if len(stored_images) > 1:
+            part = f"image {number} of {len(stored_images)}"
+        named.append((stored, described(part, question, stored)))
+    return named
+
+
+def render(row, processor):
+    """Return one row as the chat template writes it: `prompt`, `chosen`, `rejected` as texts.
+
+    `images` stay as they are. An answer is rendered together with its prompt and the prompt is
+    then cut off, because some templates, such as Qwen's, would put a system turn before an answer
+    that is rendered alone.
 
     Raises ValueError when the template changes the prompt.
     """
     messages = conversation(row)
     prompt = processor.apply_chat_template(messages["prompt"], tokenize=False)
-    rendered = {"images": [row["image"]], "prompt": prompt}
+    rendered = {"images": row["images"], "prompt": prompt}
     for name in ANSWERS:
         whole = processor.apply_chat_template(messages["prompt"] + messages[name], tokenize=False)
         if not whole.startswith(prompt):
@@ -147,8 +218,8 @@ def training_batch(rows, processor):
     """Return what `DPOTrainer` feeds the model for formatted `rows`, made by its own collator.
 
     `input_ids`, `attention_mask` and `completion_mask` have shape (2 × rows, tokens): the chosen
-    sequences first, then the rejected ones. Raises ValueError when a text contains a special token
-    of the model.
+    sequences first, then the rejected ones. A batch without any image has no `pixel_values`.
+    Raises ValueError when a text contains a special token of the model.
     """
     tokens = special_tokens(processor)
     for row in rows:
@@ -159,38 +230,55 @@ def training_batch(rows, processor):
 def require_plain_text(row, tokens):
     """Raise ValueError when a text of a formatted row contains one of `tokens`."""
     for name in MESSAGES:
-        refuse_special_tokens(tokens, row[name][-1]["content"][-1]["text"], name)
+        refuse_special_tokens(tokens, text_of(row[name]), name)
 
 
-def inference_batch(images, questions, processor):
-    """Return prompts for `generate`, padded on the left, that end where the answer begins.
+def prompt_batch(rows, processor):
+    """Return the prompts of `rows` for `generate`, padded on the left; an answer begins at the end.
 
-    There is one image and one question per row. Images of any mode are seen as in training, by
-    `images.upright_rgb`. Raises ValueError unless each image has its question, and when a question
-    contains a special token of the model.
+    A row has `images` and `prompt`, as formatted rows do. Images of any mode are seen as in
+    training, by `images.upright_rgb`. Raises ValueError when a prompt contains a special token of
+    the model.
     """
-    if not images or len(images) != len(questions):
-        raise ValueError(
-            f"{len(images)} images and {len(questions)} questions: give at least one image, and "
-            "one question for each"
-        )
     tokens = special_tokens(processor)
-    nested = []
     texts = []
-    for number, (image, question) in enumerate(zip(images, questions, strict=True)):
-        messages = prompt_messages(question)
-        refuse_special_tokens(tokens, question, "question")
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        texts.append(text)
-        nested.append([upright_rgb(image, f"image {number}")])
+    nested = []
+    count = 0
+    for row in rows:
+        refuse_special_tokens(tokens, text_of(row["prompt"]), "prompt")
+        texts.append(
+            processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        )
+        upright = []
+        for image in row["images"]:
+            upright.append(upright_rgb(image, f"image {count}"))
+            count += 1
+        nested.append(upright)
     return processor(
-        images=nested,
+        images=nested if count else None,
         text=texts,
         padding=True,
         padding_side="left",
         add_special_tokens=False,
         return_tensors="pt",
     )
+
+
+def inference_batch(images, questions, processor):
+    """Return `prompt_batch` of one image and one question per row.
+
+    Raises ValueError unless each image has its question, and when a question contains a special
+    token of the model.
+    """
+    if not images or len(images) != len(questions):
+        raise ValueError(
+            f"{len(images)} images and {len(questions)} questions: give at least one image, and "
+            "one question for each"
+        )
+    rows = []
+    for image, question in zip(images, questions, strict=True):
+        rows.append({"images": [image], "prompt": prompt_messages(question)})
+    return prompt_batch(rows, processor)
 
 
 def token_kinds(row, processor):
@@ -230,23 +318,20 @@ def image_token_id(processor):
 def check_tokens(row, processor):
     """Compare the training tokens of one formatted row with inference, and count them.
 
-    Returns {"prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens"}; the image tokens
-    are part of the prompt.
+    Returns {"prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens"}; the prompt is
+    all turns before the answer, and the image tokens are part of it.
 
     Raises ValueError when the training prompt is not the inference prompt, token for token, or
     when an answer does not end with the chat template's end of a turn.
     """
     batch = training_batch([row], processor)
     tokenizer = processor.tokenizer
-    question = row["prompt"][0]["content"][-1]["text"]
-    expected = inference_batch([row["image"]], [question], processor)["input_ids"][0].tolist()
+    expected = prompt_batch([row], processor)["input_ids"][0].tolist()
     counts = {
         "prompt_tokens": len(expected),
         "image_tokens": expected.count(image_token_id(processor)),
     }
-    known = "An answer."
-    sample = {"image": None, "question": "A question?", "chosen": known, "rejected": known}
-    turn_end = render(sample, processor)["chosen"].rpartition(known)[2].strip()
+    turn_end = end_of_turn(processor)
     for number, name in enumerate(ANSWERS):
         ids = batch["input_ids"][number]
         real = batch["attention_mask"][number].bool()
@@ -268,24 +353,33 @@ def check_tokens(row, processor):
     return counts
 
 
-def count_tokens(row, processor):
-    """Return the length in tokens of the longer sequence of a formatted row, image included.
+def end_of_turn(processor):
+    """Return what the chat template writes after an answer, without white space around it."""
+    known = "An answer."
+    answer = answer_messages(known)
+    sample = {"images": [], "prompt": prompt_messages("q"), "chosen": answer, "rejected": answer}
+    return render(sample, processor)["chosen"].rpartition(known)[2].strip()
 
-    It is the length that the collator gives the row, but the image is not processed: the processor
+
+def count_tokens(row, processor, pixel_budget=None):
+    """Return the length in tokens of the longer sequence of a formatted row, images included.
+
+    It is the length that the collator gives the row, but no image is processed: the processor
     says how many tokens an image of that size takes.
 
-    The image is a Pillow image, or still stored as {"bytes", "path"}; then only its header is
-    read. Raises ValueError when that is impossible, or when a text contains a special token.
+    Images are Pillow images, or still stored as {"bytes", "path"}; then only the header is read,
+    and `pixel_budget` says to what `format_dataset` reduces them. Raises ValueError when that is
+    impossible, or when a text contains a special token.
     """
     require_plain_text(row, special_tokens(processor))
     sizes = []
-    for image in row["images"] if "images" in row else [row["image"]]:
-        if isinstance(image, PillowImage.Image):
-            sizes.append(image.size)
-        else:
-            question = row["prompt"][-1]["content"][-1]["text"]
-            sizes.append(image_size(image, described("image", question, image)))
-    rendered = apply_chat_template({name: row[name] for name in MESSAGES}, processor)
+    for image, name in named_images(row):
+        sizes.append(image_size(image, name, pixel_budget))
+    try:
+        rendered = apply_chat_template({name: row[name] for name in MESSAGES}, processor)
+    except TemplateError as error:
+        prompt = described("prompt", last_question(row))
+        raise ValueError(f"the chat template refuses {prompt}: {error}") from error
     # The collator, too, tokenizes an answer apart from its prompt.
     answers = [rendered[name] for name in ANSWERS]
     chosen, rejected = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
@@ -294,6 +388,8 @@ def count_tokens(row, processor):
 
 def prompt_length(prompt, sizes, processor):
     """Return the length in tokens of a rendered prompt with images of these (width, height)."""
+    if not sizes:
+        return len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if counts_image_tokens(processor, processor.image_processor):
         return counted_length(prompt, sizes, processor)
     return processed_length(prompt, sizes, processor)
@@ -301,22 +397,28 @@ def prompt_length(prompt, sizes, processor):
 
 @lru_cache(maxsize=8)
 def counts_image_tokens(processor, image_processor):
-    """Return whether `counted_length` is right for a processor, as one blank image shows.
+    """Return whether `counted_length` is right for a processor, as blank images show.
 
     It is wrong for Idefics2 and SmolVLM, which lack the method; for Gemma 3, which also puts line
-    breaks around an image; and for an Idefics3 whose tokenizer lacks the marks of the tiles.
+    breaks around an image; for LLaVA-OneVision, which does not tile several images of a row; and
+    for an Idefics3 whose tokenizer lacks the marks of the tiles.
     `image_processor` is the processor's own: a new one is asked again.
     """
     if not hasattr(processor, "_get_num_multimodal_tokens"):
         return False
-    prompt = processor.apply_chat_template(prompt_messages("What is it?"), tokenize=False)
-    sizes = [(1000, 600)]  # large enough for several tiles
-    counted = counted_length(prompt, sizes, processor)
-    return counted == processed_length(prompt, sizes, processor)
+    for sizes in ([(1000, 600)], [(1000, 600), (300, 900)]):  # large enough for several tiles
+        places = [{"type": "image"} for _ in sizes]
+        content = [*places, text_part("What is it?", "the question")]
+        messages = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(messages, tokenize=False)
+        counted = counted_length(prompt, sizes, processor)
+        if counted != processed_length(prompt, sizes, processor):
+            return False
+    return True
 
 
 def counted_length(prompt, sizes, processor):
-    """Return the length of a prompt as the processor counts it, without an image.
+    """Return the length of a prompt as the processor counts it, without the images.
 
     The method is private to transformers, but serving engines rely on it too.
     """
@@ -342,18 +444,16 @@ def within_budget(dataset, processor, token_budget):
     inside an answer teaches the model not to stop. No image is decoded either, so a file that is
     damaged behind its header is kept. `preferences.check` finds it, and reading the row raises.
 
-    Raises ValueError with the number of a row whose image has no readable header or is too large,
-    that lacks a text, or that contains a special token, and when no row is left.
+    Raises ValueError with the number of a row that reading would refuse, except for such a file,
+    or that contains a special token, and when no row is left.
     """
-    texts = dataset.select_columns(list(MESSAGES))
-    stored = dataset.with_format(None).select_columns(["image"])
-    stored = stored.cast_column("image", Image(decode=False))
+    rows = dataset.with_transform(stored_batch)  # without decoding their images
+    pixel_budget = pixel_budget_of(dataset)
     kept = []
     dropped = []
     for number in progress(range(len(dataset)), "counting tokens"):
         try:
-            row = {**texts[number], **stored[number]}
-            length = count_tokens(row, processor)
+            length = count_tokens(complete(rows[number]), processor, pixel_budget)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
         if length <= token_budget:
@@ -366,3 +466,9 @@ def within_budget(dataset, processor, token_budget):
             "token_budget, or use other rows"
         )
     return (dataset.select(kept) if dropped else dataset), dropped
+
+
+def pixel_budget_of(dataset):
+    """Return the pixel budget to which `format_dataset` has the images of `dataset` reduced."""
+    transform = dataset.format["format_kwargs"].get("transform")
+    return getattr(transform, "keywords", {}).get("pixel_budget")

@@ -30,6 +30,7 @@ RUN_SETTINGS = (
     "dataset",
     "dataset_revision",
     "train_split",
+    "train_rows",
     "pixel_budget",
     "four_bit",
     "lora_rank",

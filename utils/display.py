@@ -17,10 +17,12 @@ import ipywidgets
 from IPython.display import display
 from PIL import Image
 
-from utils.images import upright_rgb
+from utils.images import read_image, upright_rgb
+from utils.layouts import text_of
 
 TEXT_CELL = "text-align:left;vertical-align:top;padding:0.5em 0.8em;line-height:1.45"
 IMAGE_CELL = "vertical-align:top;padding:0.5em 0.8em"
+SHOWN_PIXELS = 500_000  # to which an image is reduced when a pair is shown
 MARKS = {"ins": "background:rgba(0,158,115,0.28)", "del": "background:rgba(213,94,0,0.28)"}
 # Kind of token → red, green and blue of its box, and the border that shows the kind without color.
 KINDS = {
@@ -154,35 +156,74 @@ def difference_html(text, other, tag):
 
 
 def pair_html(row, title):
-    """Return one preference pair as a table: its image, question, and both answers.
+    """Return one preference pair as a table: its images, its turns, and both answers.
 
-    `row`: `image` (PIL), `question`, `chosen`, `rejected` (strings). The words in which the answers
-    differ are marked. Raises ValueError that names `title` and the column that is missing.
+    `row`: as `preferences.load` or `chat.format_dataset` returns it. The words in which the answers
+    differ are marked. What is wrong with a row, or with one of its images, is shown in its place.
+    Raises ValueError that names `title` and the column that is missing.
     """
-    for column in ("question", "chosen", "rejected", "image"):
+    for column in ("images", "prompt", "chosen", "rejected"):
         if column not in row:
             raise ValueError(
                 f"{title}: column {column!r} is missing, the columns are {', '.join(row)}: "
-                "rename one with rename_column"
+                "read the data set with preferences.load"
             )
-        if column != "image" and not isinstance(row[column], str):
-            raise ValueError(
-                f"{title}: {column!r} is of type {type(row[column]).__name__}: "
-                "give text, not a list of messages"
-            )
-    chosen = difference_html(row["chosen"], row["rejected"], "ins")
-    rejected = difference_html(row["rejected"], row["chosen"], "del")
-    lines = [
-        f"<strong>{text_html(title)}</strong><br>{text_html(row['question'])}",
-        f"<strong>✔ Chosen</strong><br>{chosen}",
-        f"<strong>✘ Rejected</strong><br>{rejected}",
-    ]
+    lines = [f"<strong>{text_html(title)}</strong>"]
+    if row.get("problem"):
+        lines.append(f"This row cannot be read: {text_html(row['problem'])}")
+    lines.extend(turns_html(row["prompt"]))
+    texts = {name: text_of(row[name]) for name in ("chosen", "rejected")}
+    chosen = difference_html(texts["chosen"], texts["rejected"], "ins")
+    rejected = difference_html(texts["rejected"], texts["chosen"], "del")
+    lines.append(f"<strong>✔ Chosen</strong><br>{chosen}")
+    lines.append(f"<strong>✘ Rejected</strong><br>{rejected}")
     cells = [f'<td style="{TEXT_CELL};width:100%">{line}</td>' for line in lines]
-    image = image_html(row["image"], alt=f"Image for the question: {row['question']}")
+    images = "<br>".join(images_html(row))
     return (
-        f'<table><tr><td rowspan="3" style="{IMAGE_CELL}">{image}</td>'
+        f'<table><tr><td rowspan="{len(cells)}" style="{IMAGE_CELL}">{images}</td>'
         f"{'</tr><tr>'.join(cells)}</tr></table>"
     )
+
+
+def images_html(row):
+    """Return every image of a row as HTML, and in the place of one that cannot be read, why."""
+    shown = []
+    count = len(row["images"])
+    question = text_of(row["prompt"][-1:])
+    for number, stored in enumerate(row["images"], start=1):
+        name = "Image" if count == 1 else f"Image {number} of {count}"
+        try:
+            image = read_image(stored, name, SHOWN_PIXELS)
+        except ValueError as error:
+            shown.append(text_html(str(error)))
+            continue
+        shown.append(image_html(image, alt=f"{name} for the question: {question}"))
+    return shown or ["(no image)"]
+
+
+def turns_html(messages):
+    """Return each turn of a prompt as HTML, with a mark where an image has its place.
+
+    A single image before the text needs no mark, nor does the user's only turn its role.
+    """
+    images = 0
+    for turn in messages:
+        images += sum(part["type"] == "image" for part in turn["content"])
+    shown = []
+    number = 0
+    for turn in messages:
+        text = ""
+        for part in turn["content"]:
+            if part["type"] == "text":
+                text += text_html(part["text"])
+                continue
+            number += 1
+            if images > 1 or text:
+                text += f" [image {number}] "
+        if len(messages) > 1:
+            text = f"<strong>{text_html(turn['role'].capitalize())}</strong><br>{text}"
+        shown.append(text)
+    return shown
 
 
 def browse(rows):

@@ -1,16 +1,78 @@
 """Answers from a model in batches: generated texts, and the probabilities of yes and no."""
 
+import itertools
+from contextlib import contextmanager
+
 import numpy as np
 import torch
+from transformers import BatchFeature
 
 from utils.chat import answer_messages, inference_batch, prompt_messages
+from utils.images import upright_rgb
 from utils.models import answering
 from utils.progress import progress
+from utils.settings import digest
 
 DESCRIBE = "Describe the image."
 
+# `generate` takes every setting that it is not given from the file generation_config.json of the
+# model. Those in circulation have top_p 0.001 or top_k 1, with which all samples are one, and a
+# repetition penalty, with which greedy answers are not the likeliest. So each is given here, at the
+# value that leaves the probabilities of the tokens as the model computes them: DPO trains those.
+NEUTRAL = {
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,  # it would hide what `refuse_overflow` finds
+    "renormalize_logits": None,
+    "guidance_scale": None,
+    "watermarking_config": None,
+    "prompt_lookup_num_tokens": None,
+    "stop_strings": None,
+    "max_time": None,
+    "num_return_sequences": 1,
+}
+OTHER_DTYPE = (
+    "load the model in another dtype: torch.bfloat16 or torch.float32 instead of torch.float16, "
+    "whose numbers end at 65,504"
+)
 
-def answer(
+
+def answer(settings, model, processor, images, questions, adapter=True, **options):
+    """Return the texts of `generated`: one per question, or a list of them with `samples`.
+
+    `options` are those of `generated`.
+    """
+    made = generated(settings, model, processor, images, questions, adapter, **options)
+    if options.get("samples"):
+        return [texts_of(answers) for answers in made]
+    return texts_of(made)
+
+
+def texts_of(answers):
+    """Return the texts of answers as `generated` gives them."""
+    return [made["text"] for made in answers]
+
+
+def generated(
     settings,
     model,
     processor,
@@ -23,74 +85,205 @@ def answer(
 ):
     """Return one greedy answer per image and question, or a list of `samples` sampled ones each.
 
-    With `adapter=False` the same weights answer as the base model: no second model is loaded.
-    `max_new_tokens` is that of the settings unless given. Raises ValueError when the numbers of
-    images and questions differ.
+    An answer is {"text", "ended"}. `ended` is whether the model ended it; if not, it was cut at
+    `max_new_tokens`, which is that of the settings unless given. With `adapter=False` the same
+    weights answer as the base model: no second model is loaded. The model's generation_config
+    changes no probability.
+
+    Raises ValueError when the numbers of images and questions differ, and when the model computes
+    no numbers or nothing but one character again and again.
     """
     if len(images) != len(questions):
         raise ValueError(
             f"{len(images)} images but {len(questions)} questions: give one question per image"
         )
     size = settings.generation_batch_size
-    options = {
+    options = NEUTRAL | {
         "max_new_tokens": max_new_tokens or settings.max_new_tokens,
         "pad_token_id": processor.tokenizer.pad_token_id,
+        "logits_processor": [refuse_overflow],
         "do_sample": False,
+        "top_k": None,
     }
     if samples:
         size = max(1, size // samples)  # a batch holds every sample of its images
         options["do_sample"] = True
         options["num_return_sequences"] = samples
         options["temperature"] = temperature
-        options["top_k"] = 0
+        options["top_k"] = 0  # as many as there are
 
     answers = []
     with answering(model, adapter):
         for start in progress(range(0, len(images), size), "answering"):
             part = slice(start, start + size)
             batch = inference_batch(images[part], questions[part], processor).to(model.device)
-            generated = model.generate(**batch, **options)
-            new_tokens = generated[:, batch["input_ids"].shape[1] :]
+            tokens = model.generate(**batch, **options)
+            new_tokens = tokens[:, batch["input_ids"].shape[1] :]
             texts = processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-            answers += [text.strip() for text in texts]
+            texts = [text.strip() for text in texts]
+            if samples:
+                refuse_noise(texts)
+            for text, ended in zip(texts, has_ended(model, new_tokens), strict=True):
+                answers.append({"text": text, "ended": ended})
     if samples:
         return [answers[start : start + samples] for start in range(0, len(answers), samples)]
     return answers
 
 
+def has_ended(model, new_tokens):
+    """Return, for each row of `new_tokens`, whether it holds a token that ends an answer.
+
+    `new_tokens` has shape (answers, tokens), without the prompts.
+    """
+    ends = torch.tensor(model.generation_config.eos_token_id, device=new_tokens.device)
+    return torch.isin(new_tokens, ends).any(dim=1).tolist()
+
+
+def refuse_overflow(token_ids, logits):
+    """Return `logits`, shape (answers, vocabulary). Raise ValueError where they are no numbers.
+
+    `generate` calls it before each token. Without it, a greedy answer would be made of token 0,
+    which is "!" in many vocabularies, and sampling would stop with an error of CUDA.
+    """
+    if not logits.max().isfinite():  # the maximum of anything and NaN is NaN
+        raise ValueError(
+            f"the model computes {logits.max().item()} instead of numbers in {logits.dtype}: "
+            f"{OTHER_DTYPE}"
+        )
+    return logits
+
+
+def refuse_noise(texts):
+    """Raise ValueError if every text is one character again and again, like "!!!!!!"."""
+    for text in texts:
+        if len(text) < 4 or len(set(text)) > 1 or text[0].isalnum():
+            return
+    raise ValueError(
+        f"the model answers nothing but {texts[0][:20]!r}, as models do whose numbers overflow: "
+        f"{OTHER_DTYPE}"
+    )
+
+
 def yes_and_no(settings, model, processor, images, questions):
     """Return p(yes) and p(no) for each question, an array (questions, 2).
 
-    They come from the softmax over the first token of the answer.
+    They come from the softmax over the first token of the answer. An image that occurs several
+    times in `images`, as the same object, is processed once. Raises ValueError when the numbers of
+    images and questions differ, and when the model computes no numbers.
     """
+    if len(images) != len(questions):
+        raise ValueError(
+            f"{len(images)} images but {len(questions)} questions: give one question per image"
+        )
     lead, yes, no = answer_tokens(processor)
-    found = []
-    size = settings.generation_batch_size
-    with answering(model):
-        for start in progress(range(0, len(images), size), "judging"):
-            part = slice(start, start + size)
-            batch = inference_batch(images[part], questions[part], processor).to(model.device)
+    images = upright_once(images)
+    found = np.zeros((len(images), 2), dtype=np.float32)
+    batches = one_size_batches(images, settings.generation_batch_size)
+    with answering(model), processed_once(processor):
+        for numbers in progress(batches, "judging"):
+            shown = [images[number] for number in numbers]
+            asked = [questions[number] for number in numbers]
+            batch = inference_batch(shown, asked, processor).to(model.device)
             ids = batch["input_ids"]
             mask = batch["attention_mask"]
             # Let the answer begin as every answer does, so that yes or no comes next.
             lead_ids = torch.tensor(lead, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
             batch["input_ids"] = torch.cat([ids, lead_ids], dim=1)
             batch["attention_mask"] = torch.cat([mask, torch.ones_like(lead_ids)], dim=1)
-            output = model.generate(
-                **batch,
-                max_new_tokens=1,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
+            options = NEUTRAL | {
+                "max_new_tokens": 1,
+                "pad_token_id": processor.tokenizer.pad_token_id,
+                "logits_processor": [refuse_overflow],
+                "do_sample": False,
+                "top_k": None,
+                "output_logits": True,
+                "return_dict_in_generate": True,
+            }
+            output = model.generate(**batch, **options)
             probabilities = output.logits[0].float().softmax(-1)
             p_yes = probabilities[:, yes].sum(1)
             p_no = probabilities[:, no].sum(1)
-            found.append(torch.stack([p_yes, p_no], dim=1).cpu())
-    if not found:
-        return np.zeros((0, 2))
-    return torch.cat(found).numpy()
+            found[numbers] = torch.stack([p_yes, p_no], dim=1).cpu().numpy()
+    return found
+
+
+def upright_once(images):
+    """Return `images` as `upright_rgb` does; the same object stays the same object."""
+    made = {}
+    for number, image in enumerate(images):
+        if id(image) not in made:
+            made[id(image)] = upright_rgb(image, f"image {number}")
+    return [made[id(image)] for image in images]
+
+
+def one_size_batches(images, size):
+    """Return lists of at most `size` positions in `images`, each position once.
+
+    The images of a list have the same width and height, so that `processed_once` can put their
+    pixels together. The same image comes in a row. Otherwise the order is that of `images`.
+    """
+    first = {}
+    for number, image in enumerate(images):
+        first.setdefault(id(image), number)
+
+    def place(number):
+        image = images[number]
+        return image.size, first[id(image)]
+
+    batches = []
+    for _, run in itertools.groupby(sorted(range(len(images)), key=place), lambda n: place(n)[0]):
+        numbers = list(run)
+        for start in range(0, len(numbers), size):
+            batches.append(numbers[start : start + size])
+    return batches
+
+
+@contextmanager
+def processed_once(processor):
+    """Within the block, let `processor` process each image once, however many texts are about it.
+
+    Large photographs take longer to resize and to cut than a question about them to answer. The
+    images of one call must have the same size, as `one_size_batches` sees to. Only what the last
+    call needed is kept.
+    """
+    image_processor = processor.image_processor
+    process = image_processor.preprocess
+    kept = {}  # what an image is → what it became
+
+    def shared(images, *arguments, **options):
+        singles = [image[0] if isinstance(image, list) else image for image in images]
+        # By its pixels, because some processors copy every image first.
+        seen = {}
+        for image in singles:
+            if id(image) not in seen:
+                seen[id(image)] = (image.size, digest(image.tobytes()))
+        keys = [seen[id(image)] for image in singles]
+        for key in kept.keys() - set(keys):
+            del kept[key]
+        for key, image in zip(keys, singles, strict=True):
+            if key not in kept:
+                kept[key] = process([[image]], *arguments, **options)
+        return joined([kept[key] for key in keys])
+
+    image_processor.preprocess = shared  # an attribute of this object hides the method
+    try:
+        yield
+    finally:
+        del image_processor.preprocess
+
+
+def joined(features):
+    """Return what an image processor gives for several images, from what it gives for each."""
+    together = {}
+    for name, first in features[0].items():
+        values = [each[name] for each in features]
+        if isinstance(first, torch.Tensor):
+            together[name] = torch.cat(values)
+        elif isinstance(first, np.ndarray):
+            together[name] = np.concatenate(values)
+        else:
+            together[name] = list(itertools.chain.from_iterable(values))
+    return BatchFeature(together)
 
 
 def answer_tokens(processor):

@@ -22,6 +22,7 @@ CARD_SETTINGS = (  # the settings that the card lists
     "dataset",
     "dataset_revision",
     "train_split",
+    "train_rows",
     "pixel_budget",
     "four_bit",
     "lora_rank",

@@ -3,7 +3,7 @@
 A metric over answers is an array (answers, 2) of numerators and denominators.
 """
 
-from math import comb
+from math import comb, sqrt
 
 import numpy as np
 
@@ -23,6 +23,20 @@ def interval(counts, resamples=4000, seed=0):
     rates = _rates(_weights(len(counts), resamples, random) @ counts)
     low, high = np.nanpercentile(rates, [2.5, 97.5])
     return float(low), float(high)
+
+
+def share_interval(count, total):
+    """Return the 95% interval of the share `count` / `total`: (low, high), Wilson's.
+
+    It holds for few cases and for shares near 0 and 1. Without a case it is (0, 1).
+    """
+    if not total:
+        return 0.0, 1.0
+    z = 1.96
+    share = count / total
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def paired_difference(before, after, resamples=4000, seed=0):

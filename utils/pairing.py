@@ -8,13 +8,33 @@ the same length. It returns for each claim, and the row it is about, whether it 
 """
 
 import re
-from itertools import permutations
+from itertools import permutations, product
 from statistics import mean
 
 from datasets import Dataset, concatenate_datasets
 
-from utils.generation import yes_and_no
-from utils.preferences import TEXT_COLUMNS
+from utils.generation import generated, processed_once, yes_and_no
+from utils.layouts import as_rows
+from utils.preferences import special_tokens
+
+LIST_CLAIMS = (
+    "List what this text says about the image, one claim a line. Each line is a short sentence "
+    "that can be understood alone.\n\n{text}"
+)
+# What begins an item of a list or a heading, and is no claim: -, *, •, #, 1., (2) or a).
+MARKER = re.compile(r"(?:[-*•·–—]|#{1,6}|\(?\d{1,3}[.)]|\(?[a-zA-Z]\))(?:\s+|$)")
+# Where a sentence ends and the splitter does not see it.
+MISSED_ENDS = re.compile(
+    r"(?<=[:;])\s+(?=\(?\d{1,3}[.)]\s)"  # before a list that goes on in the same line
+    r"|(?<=[a-z]{3}[.!?])(?=[A-Za-z]{4})"  # "a cup.There": the space is missing
+    r"|(?<=\s[a-z]\.)\s+(?=[A-Z])"  # "there is a. At": no initial is lowercase
+    r"|(?<=\.[?!])\s+"  # "a cup.? a dog"
+)
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # Chinese and Japanese have no spaces
+CUT = "were cut before their end"
+REPEATS = "repeat themselves"
+CLAIMS_NOTHING = "claim nothing"
+SPECIAL = "contain a special token of the judge"
 
 
 def model_judge(settings, model, processor, claims, rows, as_question=None):
@@ -72,7 +92,23 @@ def sentence_question(sentence):
 def rejections(answers, rows, judge, split):
     """Count the claims of each answer that `judge` rejects. RLAIF-V's score is minus that count.
 
-    `answers` holds a list of texts for each row, and the counts are nested in the same way.
+    Arguments and errors are those of `judged`, and the counts are nested as `answers`.
+    """
+    counts = []
+    for of_row in judged(answers, rows, judge, split):
+        counts.append([rejected(told) for told in of_row])
+    return counts
+
+
+def rejected(told):
+    """Return how many of the claims [(claim, verdict)] of an answer were rejected."""
+    return sum(not verdict for _, verdict in told)
+
+
+def judged(answers, rows, judge, split):
+    """Return the claims of each answer with their verdicts, [(claim, verdict)].
+
+    `answers` holds a list of texts for each row, and the result is nested in the same way.
     `split(text)` returns the claims of a text. Raises ValueError if the judge does not give one
     verdict for each claim.
     """
@@ -94,35 +130,136 @@ def rejections(answers, rows, judge, split):
             "it must return one verdict per claim, in the order of the claims"
         )
 
-    # Count answer by answer: each has the next verdicts, as many as it has claims.
+    # Go through it answer by answer: each has the next verdicts, as many as it has claims.
+    told = list(zip(claims, verdicts, strict=True))
     sizes = iter(claims_per_answer)
     start = 0
-    counts = []
+    nested = []
     for texts in answers:
-        counted = []
+        of_row = []
         for _ in texts:
             end = start + next(sizes)
-            counted.append(sum(not verdict for verdict in verdicts[start:end]))
+            of_row.append(told[start:end])
             start = end
-        counts.append(counted)
-    return counts
+        nested.append(of_row)
+    return nested
+
+
+def splitter():
+    """Return the function that cuts a text into sentences: of a language code and the text.
+
+    Raises ImportError where its package is not installed.
+    """
+    # sentencex is maintained by Wikimedia, needs neither a model nor another package, and was the
+    # only one of four that keeps "Dr. Smith", "e.g. a cup" and "1. A cup" whole, ends sentences at
+    # 。 and loses no character. pysbd loses some and was last released in 2021, syntok knows no 。,
+    # and blingfire makes claims of the numbers of a list.
+    try:
+        from sentencex import segment
+    except ImportError as error:
+        raise ImportError(
+            "cutting answers into sentences needs a small package: `pip install sentencex`"
+        ) from error
+    return segment
 
 
 def sentences(text):
     """Cut `text` into sentences, the claims to use where nothing better splits an answer.
 
-    A period alone is no sentence.
+    The end of a line ends a sentence, too. What begins an item of a list is left out, and so is
+    what holds no letter and no digit. Abbreviations are those of English; full stops are those of
+    any language. Raises ImportError where `splitter` does.
     """
-    found = re.findall(r"[^.!?\s][^.!?\n]*[.!?]*", text)
-    return [sentence.strip() for sentence in found]
+    segment = splitter()
+    found = []
+    for line in MISSED_ENDS.sub("\n", text).splitlines():
+        for piece in segment("en", line.strip()):
+            sentence = without_marker(piece)
+            if any(character.isalnum() for character in sentence):
+                found.append(sentence)
+    return found
+
+
+def without_marker(line):
+    """Return a line without the space around it and without what begins an item of a list."""
+    rest = line.strip()
+    while marker := MARKER.match(rest):
+        rest = rest[marker.end() :]
+    return rest
+
+
+def listed_claims(settings, model, processor, texts, image):
+    """Ask a model to list the claims of each of the `texts` about `image`, as RLAIF-V does.
+
+    Returns a list of claims for each text, or None where the answer is `unfit` or no list.
+    """
+    questions = [LIST_CLAIMS.format(text=text) for text in texts]
+    with processed_once(processor):
+        answers = generated(settings, model, processor, [image] * len(texts), questions)
+    tokens = special_tokens(processor)
+    found = []
+    for text, answer in zip(texts, answers, strict=True):
+        found.append(None if unfit(answer, tokens) else claims_in_list(text, answer["text"]))
+    return found
+
+
+def claims_in_list(text, answer):
+    """Return the lines of a model's `answer` to the request to list the claims of `text`.
+
+    Headings are left out. Returns None for what is no list of them: nothing, or a single line
+    where the text has several sentences.
+    """
+    claims = []
+    for line in answer.splitlines():
+        claim = without_marker(line)
+        if has_letter(claim) and not claim.endswith(":"):
+            claims.append(claim)
+    if not claims or (len(claims) == 1 and len(sentences(text)) > 1):
+        return None
+    return list(dict.fromkeys(claims))
+
+
+def unfit(answer, tokens=()):
+    """Return why an answer, {"text", "ended"}, is no candidate for a pair, or None if it is one.
+
+    `tokens` are special tokens, which the judge could not be asked about.
+    An answer without a claim has no wrong claim, so it would win. From a chosen answer that was
+    cut, the model would learn to stop in the middle.
+    """
+    if not has_letter(answer["text"]):
+        return CLAIMS_NOTHING
+    if repeats_itself(answer["text"]):
+        return REPEATS
+    if not answer["ended"]:
+        return CUT
+    if any(token in answer["text"] for token in tokens):
+        return SPECIAL
+    return None
+
+
+def has_letter(text):
+    """Return whether `text` has a letter. Without one it claims nothing, like "!!!!!!"."""
+    return any(character.isalpha() for character in text)
+
+
+def repeats_itself(text):
+    """Return whether the same words come three times in a row: one word, a sentence, or more."""
+    words = WORD.findall(text.lower())
+    for length in range(1, len(words) // 3 + 1):
+        equal = 0  # how many words in a row are equal to those `length` words later
+        for word, later in zip(words, words[length:], strict=False):
+            equal = equal + 1 if word == later else 0
+            if equal == 2 * length:
+                return True
+    return False
 
 
 def candidates(texts, counts):
     """Return all (chosen, rejected) of one question whose counts of mistakes differ by 1 or more.
 
-    Equal answers are one answer. Empty answers are left out: nobody can train on them.
+    Equal answers are one answer. Answers without a letter are left out: they claim nothing.
     """
-    counted = {text: count for text, count in zip(texts, counts, strict=True) if text.strip()}
+    counted = {text: count for text, count in zip(texts, counts, strict=True) if has_letter(text)}
     pairs = []
     for better, worse in permutations(counted, 2):
         if counted[better] < counted[worse]:
@@ -130,12 +267,35 @@ def candidates(texts, counts):
     return pairs
 
 
-def pair_up(texts, counts, rng):
-    """Draw at most two of the `candidates` at random, as RLAIF-V does.
+def sentence_candidates(texts, told):
+    """Return all (chosen, rejected) that begin alike and then have one right, one wrong sentence.
 
-    One question must not outweigh all others.
+    `texts` are answers to one question, `told` their sentences, [(sentence, verdict)] for each.
+    Both sides end after that sentence. Whether their beginning is right makes no difference, as
+    DPO trains only what sets the two apart.
     """
-    pairs = candidates(texts, counts)
+    next_sentences = {}  # beginning → {beginning and next sentence: the verdict about the latter}
+    for text, of_text in zip(texts, told, strict=True):
+        end = 0
+        for sentence, verdict in of_text:
+            beginning = text[:end]
+            end = text.index(sentence, end) + len(sentence)
+            next_sentences.setdefault(beginning, {})[text[:end]] = verdict
+    pairs = []
+    for verdicts in next_sentences.values():
+        right = [text for text, verdict in verdicts.items() if verdict]
+        wrong = [text for text, verdict in verdicts.items() if not verdict]
+        pairs += product(right, wrong)
+    return pairs
+
+
+def pair_up(texts, counts, rng):
+    """Draw at most two of the `candidates` at random, as RLAIF-V does."""
+    return draw_two(candidates(texts, counts), rng)
+
+
+def draw_two(pairs, rng):
+    """Draw at most two pairs at random: one question must not outweigh all others."""
     return rng.sample(pairs, min(2, len(pairs)))
 
 
@@ -144,14 +304,33 @@ def pair_all(rows, answers, counts, rng):
 
     "row" is the row's number.
     """
+    drawn = []
+    for texts, counted in zip(answers, counts, strict=True):
+        drawn.append(pair_up(texts, counted, rng))
+    return numbered_pairs(rows, drawn)
+
+
+def pair_sentences(rows, answers, told, rng):
+    """Pair single sentences of the answers, by `sentence_candidates`; as `pair_all` returns them.
+
+    `told` is what `judged` returns for the answers, with `sentences` as `split`.
+    """
+    drawn = []
+    for texts, of_row in zip(answers, told, strict=True):
+        drawn.append(draw_two(sentence_candidates(texts, of_row), rng))
+    return numbered_pairs(rows, drawn)
+
+
+def numbered_pairs(rows, drawn):
+    """Return the pairs (chosen, rejected) `drawn` for each row as `pair_all` does."""
     pairs = []
-    for number, (row, texts, counted) in enumerate(zip(rows, answers, counts, strict=True)):
-        for chosen, rejected in pair_up(texts, counted, rng):
+    for number, (row, of_row) in enumerate(zip(rows, drawn, strict=True)):
+        for chosen, rejected_answer in of_row:
             pair = {
                 "row": number,
                 "question": row["question"],
                 "chosen": chosen,
-                "rejected": rejected,
+                "rejected": rejected_answer,
             }
             pairs.append(pair)
     return pairs
@@ -209,11 +388,11 @@ def balance_at_random(pairs, rng):
 
 
 def to_dataset(scenes, pairs):
-    """Return a data set of the pairs from `pair_all`; "row" counts the rows of `scenes`.
+    """Return the pairs from `pair_all` as TRL's rows; "row" counts the rows of `scenes`.
 
-    Images are copied as stored. None is decoded.
+    The column `image` of `scenes` is copied as stored. None is decoded.
     """
     rows = [pair["row"] for pair in pairs]
     images = scenes.select_columns(["image"]).select(rows)
-    texts = Dataset.from_list(pairs).select_columns(list(TEXT_COLUMNS))
-    return concatenate_datasets([images, texts], axis=1)
+    texts = Dataset.from_list(pairs).select_columns(["question", "chosen", "rejected"])
+    return as_rows(concatenate_datasets([images, texts], axis=1))

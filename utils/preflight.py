@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from utils import chat, memory, versions
+from utils.layouts import MESSAGES, stored_batch, text_of
 from utils.models import trainable_by_part
 from utils.settings import ROOT
 from utils.shared_prefix import backbone_of
@@ -31,6 +32,7 @@ FAILED = "failed"
 LOWEST_RATE = 5e-6  # below it, an adapter hardly moves in a run of the usual length
 HIGHEST_RATE = 1e-3  # above it, an adapter is ruined
 ROWS = 8  # at least this many rows are looked at
+IMAGE_CHARACTERS = 1000  # an image makes a row longer by about so many: 250 tokens of four
 
 
 def check(trainer, parts=("language",)):
@@ -56,6 +58,7 @@ def check(trainer, parts=("language",)):
         check_disk(trainer),
     ]
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        rows.append(check_images_of_every_process(trainer))
         found = "not computed: the model is sharded across processes"
         rows.append(finding("one step", WARNING, found, "run preflight in one process as well"))
         return rows
@@ -284,6 +287,26 @@ def check_disk(trainer):
     return finding("checkpoints", FAILED if needed > free else OK, found, advice)
 
 
+def check_images_of_every_process(trainer):
+    """Check that no process of a sharded run skips the vision tower while another one runs it.
+
+    Each layer of the tower is put together from the parts of all processes, so all must come to it.
+    """
+    name = "images"
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return finding(name, WARNING, "a stream: not looked at", "every row needs an image")
+    texts = stored_texts(trainer)
+    without = sum(chat.places_of(row["prompt"]) == 0 for row in texts)
+    found = f"{without} of {len(texts)} rows have none"
+    if without in (0, len(texts)):
+        return finding(name, OK, found)
+    advice = (
+        "drop these rows, or do not shard: a process without an image in its batch "
+        "would leave the others waiting in the vision tower"
+    )
+    return finding(name, FAILED, found, advice)
+
+
 # What one training step shows.
 
 
@@ -303,7 +326,10 @@ def check_one_step(trainer):
 
     tokens = (trl_batch["input_ids"] == chat.image_token_id(processor)).sum(1)
     yield check_image_tokens(int(tokens.sum()), count_features(trainer, trl_batch), limit)
-    yield check_memory(settings, trainer, max(1, max(lengths) - int(tokens.max())))
+    # The estimate adds one image.
+    images = max(len(without_reference(pair)["images"]) for pair in some)
+    image_tokens = int(tokens.max()) // max(1, images)
+    yield check_memory(settings, trainer, max(1, max(lengths) - image_tokens))
 
     used = reference_logps(trainer, own_batch)
     yield check_reference(trainer, used, adapter_off_logps(trainer, trl_batch))
@@ -357,27 +383,32 @@ def left_as_it_was(trainer):
 
 
 def longest_rows(trainer):
-    """Return the training rows with the longest texts, longest first. Of a stream, the first rows.
+    """Return about the longest training rows, longest first. Of a stream, the first rows.
 
-    As many as a device takes in a micro-batch, at least ROWS. ValueError when they have no images.
+    As many as a device takes in a micro-batch, at least ROWS. ValueError when they have no column
+    of images.
     """
     dataset = trainer.train_dataset
     count = max(ROWS, trainer.args.per_device_train_batch_size)
     if not trainer._is_vision_dataset:
-        raise ValueError("the rows have no images: add a column image or images")
+        raise ValueError("the rows have no column images: use chat.format_dataset")
     if not hasattr(dataset, "__len__"):
         return list(itertools.islice(iter(dataset), count))
-    rows = dataset
-    if hasattr(dataset, "datasets"):
-        rows = dataset.datasets[0]  # a reference cache stacks its log-probabilities beside them
-    # Only the text columns are read, so no image is decoded.
-    texts = rows.with_format(None).select_columns(["prompt", "chosen", "rejected"])
     sizes = []
-    for text in texts:
-        longer = max(len(str(text["chosen"])), len(str(text["rejected"])))
-        sizes.append(len(str(text["prompt"])) + longer)
+    for row in stored_texts(trainer):
+        answer = max(len(text_of(row["chosen"])), len(text_of(row["rejected"])))
+        images = IMAGE_CHARACTERS * chat.places_of(row["prompt"])
+        sizes.append(len(text_of(row["prompt"])) + images + answer)
     numbers = sorted(range(len(sizes)), key=lambda number: sizes[number], reverse=True)
     return [dataset[number] for number in numbers[:count]]
+
+
+def stored_texts(trainer):
+    """Return the messages of the training rows as a `Dataset`. No image is read."""
+    rows = trainer.train_dataset
+    if hasattr(rows, "datasets"):
+        rows = rows.datasets[0]  # a reference cache stacks its log-probabilities beside them
+    return rows.with_transform(stored_batch).select_columns(list(MESSAGES))
 
 
 def without_reference(row):
@@ -407,6 +438,8 @@ def collated_by_trl(trainer, rows):
 @torch.no_grad()
 def count_features(trainer, batch):
     """Return how many vectors the model makes of the images in `batch`, TRL's own."""
+    if "pixel_values" not in batch:
+        return 0
     encode = backbone_of(trainer.model).get_image_features
     inputs = {name: batch[name] for name in inspect.signature(encode).parameters if name in batch}
     with trainer.accelerator.autocast():
@@ -530,7 +563,10 @@ def free_bytes(device):
 
 
 def check_memory(settings, trainer, text_tokens):
-    """Compare the estimate of a step on rows of `text_tokens` and an image with what is free."""
+    """Compare the estimate of a step on rows of `text_tokens` and an image with what is free.
+
+    The tokens of further images are among `text_tokens`.
+    """
     args = trainer.args
     free = free_bytes(args.device)
     if settings is None:

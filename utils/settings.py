@@ -27,6 +27,10 @@ class Settings:
     dataset: str
     train_split: str
     test_split: str
+    # So many rows of a split are drawn at random, and from the hub only they are downloaded. None
+    # takes all. Rows to test on that come from the same split are others.
+    train_rows: int | None = None
+    test_rows: int | None = None
     model_revision: str = "main"
     dataset_revision: str = "main"
     evaluation_dataset: str = EMBEDDED_DATASET  # drawn scenes, whose truth is known exactly
@@ -63,8 +67,10 @@ class Settings:
 # data set, so it stays "main". The hub lists revisions under "History".
 _REAL = {
     "dataset": "openbmb/RLAIF-V-Dataset",  # 83,132 pairs, CC BY-NC 4.0
-    "train_split": "train[:5%]",  # 4,157 pairs, 260 optimizer steps
-    "test_split": "train[99%:]",
+    "train_split": "train",  # its only split; a slice of it would be from few source models
+    "test_split": "train",
+    "train_rows": 4000,  # 250 optimizer steps
+    "test_rows": 400,
     # As in the DPO paper (Rafailov et al. 2023, appendix B), and TRL's default.
     "beta": 0.1,
     # For an adapter. At TRL's default of 1e-6, meant for full fine-tuning, it hardly learns.
@@ -140,12 +146,14 @@ def load(profile=None):
 
 
 def locate(name):
-    """Return the path of `name` inside this repository if it exists there, else `name` itself.
+    """Return the path of a model or data set on this machine, or `name` itself for one on the hub.
 
-    Anything else is the name of a model or data set on the hub, or a path of the user's own.
+    A path of the user's own comes before one in this repository, except for what is embedded.
     """
-    path = ROOT / name
-    return str(path) if path.exists() else name
+    if name in (EMBEDDED_MODEL, EMBEDDED_DATASET) or not Path(name).exists():
+        path = ROOT / name
+        return str(path) if path.exists() else name
+    return str(Path(name).resolve())
 
 
 def run_folder(settings):

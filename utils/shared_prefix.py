@@ -97,13 +97,14 @@ class PackedPairs:
     see a token of branch 0, only the chosen one sees branch 1, only the rejected one branch 2.
 
     `attention_mask` and `labels` are TRL's, (2n, T): padded on the right, -100 outside the answers,
-    the prompt of row i again in row n + i. Every prompt must have at least one token.
+    the prompt of row i again in row n + i. Every prompt must have at least one token. `lengths` is
+    what `row_lengths` returns for them, where that is known already.
     """
 
-    def __init__(self, attention_mask, labels):
+    def __init__(self, attention_mask, labels, lengths=None):
         pairs = len(labels) // 2
         device = labels.device
-        prompts, answers = row_lengths(attention_mask, labels)
+        prompts, answers = lengths or row_lengths(attention_mask, labels)
         chosen_answers = answers[:pairs]
         rejected_answers = answers[pairs:]
         lengths = list(zip(prompts[:pairs], chosen_answers, rejected_answers, strict=True))
@@ -266,12 +267,11 @@ def why_not_packed(model, args):
     return None
 
 
-def can_share_rows(config, attention_mask, labels):
+def can_share_rows(config, prompts, answers):
     """Return whether no prompt is empty and no row of TRL's is longer than the sliding window.
 
-    `config`: the language model's. `attention_mask`, `labels`: TRL's (2n, T).
+    `config`: the language model's. `prompts`, `answers`: what `row_lengths` returns.
     """
-    prompts, answers = row_lengths(attention_mask, labels)
     longest = max(prompt + answer for prompt, answer in zip(prompts, answers, strict=True))
     window = getattr(config, "sliding_window", None)
     if window and longest > window:
@@ -346,18 +346,20 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         backbone = backbone_of(self.accelerator.unwrap_model(model))
         config = backbone.config.get_text_config()
         packs = self.packs and labels is not None
-        if packs and not can_share_rows(config, batch["attention_mask"], labels):
-            warnings.warn(
-                f"{TWO_ROWS}: in some batches a prompt is empty "
-                "or a row is longer than the sliding window",
-                stacklevel=2,
-            )
-            packs = False
+        if packs:
+            lengths = row_lengths(batch["attention_mask"], labels)
+            packs = can_share_rows(config, *lengths)
+            if not packs:
+                warnings.warn(
+                    f"{TWO_ROWS}: in some batches a prompt is empty "
+                    "or a row is longer than the sliding window",
+                    stacklevel=2,
+                )
         if not packs:
             images = batch.keys() - TEXT_TENSORS
             return model(labels=labels, **twice(batch, images))
 
-        pairs = PackedPairs(batch["attention_mask"], labels)
+        pairs = PackedPairs(batch["attention_mask"], labels, lengths)
         packed = dict(batch)
         for name in TEXT_TENSORS:
             if name in batch:

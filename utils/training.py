@@ -81,7 +81,8 @@ def dpo_config(settings, output, **changes):
         "logging_steps": settings.logging_steps,
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
-        # TRL's True is for batches without images; here every batch uses the whole adapter.
+        # TRL's True is for batches without images. Here only the language model has an adapter,
+        # and every batch uses all of it.
         "ddp_find_unused_parameters": False,
         "report_to": "none",
         "seed": settings.seed,
@@ -114,7 +115,8 @@ def make_trainer(
       None for what `settings.shared_prefix` says.
     - `changes`: arguments of `DPOConfig` that replace the profile's.
 
-    Raises ValueError when `model` carries an adapter that it must not carry, or lacks one.
+    Raises ValueError when `model` carries an adapter that it must not carry, or lacks one, and
+    when the rows have a column `rejected_images`.
     """
     if isinstance(train_rows, IterableDataset):
         # transformers counts the batches of a stream but not its passes: resumed in the second
@@ -133,6 +135,8 @@ def make_trainer(
             "the model already carries an adapter: load a fresh one with load_model(settings); "
             "the trainer adds the adapter itself"
         )
+    for rows in (train_rows, validation_rows):
+        refuse_rejected_images(rows)
     if shared_prefix is None:
         shared_prefix = settings.shared_prefix
     trainer_class = SharedPrefixDPOTrainer if shared_prefix else DPOTrainer
@@ -153,6 +157,18 @@ def make_trainer(
         trainer.remove_callback(PrinterCallback)
     keep_adapter_in_float32(trainer.model, continue_adapter)
     return trainer
+
+
+def refuse_rejected_images(rows):
+    """Raise ValueError when `rows`, a data set or None, have a column `rejected_images`."""
+    if rows is None:
+        return
+    names = rows.column_names or next(iter(rows), ())  # a stream may not know them
+    if "rejected_images" in names:
+        raise ValueError(
+            "the rows have a column rejected_images, but DPO compares two answers to the same "
+            'images: drop it with rows.remove_columns("rejected_images") if the answers differ too'
+        )
 
 
 def keep_adapter_in_float32(model, continued):

@@ -51,7 +51,7 @@ from ipywidgets import interact
 from PIL import Image
 
 from tests.attacks import ATTACKS
-from utils import display, evaluation, model_card, plots
+from utils import chat, display, evaluation, model_card, plots
 
 image = Image.new("RGB", (40, 40), "teal")
 
@@ -59,7 +59,13 @@ def show(make):
     display.show("".join(f"<div>{make(attack)}</div>" for attack in ATTACKS), "")
 
 def pair(attack):
-    return {"image": image, "question": attack, "chosen": attack + "a", "rejected": "b" + attack}
+    return {
+        "images": [image, {"bytes": b"", "path": attack}],
+        "prompt": [*chat.answer_messages(attack), *chat.prompt_messages(attack)],
+        "chosen": chat.answer_messages(attack + "a"),
+        "rejected": chat.answer_messages("b" + attack),
+        "problem": attack,
+    }
 
 def answers(attack):
     said = {attack: (attack, [(1, 3)])}

@@ -47,17 +47,17 @@ QUESTION = """What is <b>it</b>? Is it $2 or $3?"""
 WHICH_PYTHON = "print('python', sys.executable)"
 PAIRS = f"""
 from PIL import Image
-from utils import display
+from utils import chat, display
 
 rows = []
 for color in ("red", "green", "blue"):
+    question = "What is it?" if rows else {QUESTION!r}
     rows.append({{
-        "image": Image.new("RGB", (216, 216), color),
-        "question": "What is it?",
-        "chosen": f"A {{color}} cup.",
-        "rejected": "A kite.",
+        "images": [Image.new("RGB", (216, 216), color)],
+        "prompt": chat.prompt_messages(question),
+        "chosen": chat.answer_messages(f"A {{color}} cup."),
+        "rejected": chat.answer_messages("A kite."),
     }})
-rows[0]["question"] = {QUESTION!r}
 display.browse(rows)
 """
 # As in notebook 06: the chart for a profile's own values, then one that redraws itself.
@@ -90,7 +90,7 @@ interact(
 SIDE_BY_SIDE = """
 long = "A red cup and a kite on the left of it. " * 4
 answers = {"base": (long, [(14, 20)]), "tuned": ("A red cup.", [])}
-row = {"image": rows[0]["image"], "truth": "a red cup", "answers": answers}
+row = {"image": rows[0]["images"][0], "truth": "a red cup", "answers": answers}
 display.side_by_side([row, row])
 """
 TABLES = """

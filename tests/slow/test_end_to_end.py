@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from datasets import load_dataset
 
 from embedded import exam, judge
 from embedded.claims import mentions
 from scripts import train
-from utils import evaluation, models, preferences
-from utils.settings import PROFILES, ROOT
+from utils import evaluation, models
+from utils.settings import PROFILES, ROOT, locate
 
 SETTINGS = PROFILES["embedded"]
 # Python tells this hook of every socket made in any library, and of every name that is looked up.
@@ -53,7 +54,7 @@ def test_the_command_line_writes_adapter_and_record(thirty_steps):
 
 def test_thirty_steps_already_hallucinate_less(thirty_steps, processor):
     folder, _ = thirty_steps
-    scenes = preferences.load(SETTINGS.evaluation_dataset, "test[:100]")
+    scenes = load_dataset(locate(SETTINGS.evaluation_dataset), split="test[:100]")
     images = list(scenes["image"])
     truths = list(scenes["objects"])
     questions = exam.pope_questions(truths)
@@ -98,15 +99,16 @@ def test_the_embedded_path_needs_no_network(tmp_path):
 
 WHOLE_PATH = """
 import pathlib, sys
+from datasets import load_dataset
 from embedded import exam
 from scripts import ask, train
-from utils import evaluation, models, preferences, settings
+from utils import evaluation, models, settings
 
 folder = pathlib.Path(sys.argv[1])
 scene = str(folder / "scene.png")
 adapter = str(folder / "adapter")
 train.main(["--profile", "embedded", "--output", str(folder), "--max-steps", "1"])
-scenes = preferences.load("embedded/dataset", "test[:4]")
+scenes = load_dataset(settings.locate("embedded/dataset"), split="test[:4]")
 scenes[0]["image"].save(scene)
 ask.main([scene, "--adapter", adapter])
 profile = settings.load("embedded")

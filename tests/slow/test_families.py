@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 
 from utils import chat, models, preferences, rewards, training
 from utils.generation import answer
+from utils.layouts import text_of
 from utils.settings import Settings
 from utils.shared_prefix import TWO_ROWS
 
@@ -52,8 +53,7 @@ def trial(request, tmp_path_factory):
     settings = settings_for(name, folder / "checkpoint")
     processor = models.load_processor(settings)
     model = models.load_model(settings)
-    data = preferences.load(settings.dataset, settings.train_split)
-    rows = chat.format_dataset(data)
+    rows = chat.format_dataset(preferences.load(settings.dataset, settings.train_split))
     with warnings.catch_warnings():
         # Not every family shares prompts. The loss is the same.
         warnings.filterwarnings("ignore", TWO_ROWS)
@@ -66,7 +66,6 @@ def trial(request, tmp_path_factory):
         family=FAMILIES[name],
         settings=settings,
         processor=processor,
-        data=data,
         rows=rows,
         trainer=trainer,
         model=trainer.model,
@@ -86,9 +85,15 @@ def logits(model, trial, adapter=True):
 
 def answers_of(model, trial, part=slice(0, 2), adapter=True):
     """What `model` says to two images with questions of different length, or to `part` of them."""
-    questions = [trial.data["question"][0], "What?"]
-    images = trial.data["image"][part]
-    return answer(trial.settings, model, trial.processor, images, questions[part], adapter=adapter)
+    images, questions = asked_of(trial, part)
+    return answer(trial.settings, model, trial.processor, images, questions, adapter=adapter)
+
+
+def asked_of(trial, part):
+    """Return the images and the questions of `part` of the two rows."""
+    images = [row["images"][0] for row in trial.rows]
+    questions = [chat.last_question(trial.rows[0]), "What?"]
+    return images[part], questions[part]
 
 
 def test_the_batch_has_a_token_for_every_image_feature(trial):
@@ -108,13 +113,15 @@ def test_the_batch_has_a_token_for_every_image_feature(trial):
 def test_the_training_prompt_is_the_inference_prompt(trial):
     """prompt: training, asking here and asking as the family's documentation does begin with \
 the same tokens and pixels"""
-    for row, raw in zip(trial.rows, trial.data, strict=True):
+    for row in trial.rows:
         assert chat.check_tokens(row, trial.processor)["image_tokens"] > 0
-        asked = chat.inference_batch([raw["image"]], [raw["question"]], trial.processor)
+        image = row["images"][0]
+        question = chat.last_question(row)
+        asked = chat.inference_batch([image], [question], trial.processor)
         taught = chat.training_batch([row], trial.processor)["pixel_values"]
         content = [
-            {"type": "image", "image": raw["image"]},
-            {"type": "text", "text": raw["question"]},
+            {"type": "image", "image": image},
+            {"type": "text", "text": question},
         ]
         documented = trial.processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -137,7 +144,9 @@ trained and stops generation"""
     stop = tokenizer.convert_tokens_to_ids(turn_end)
     assert stop in trial.base.generation_config.eos_token_id
     batch = chat.training_batch(list(trial.rows), trial.processor)
-    answers = [*trial.data["chosen"], *trial.data["rejected"]]
+    answers = []
+    for name in chat.ANSWERS:
+        answers += [text_of(row[name]) for row in trial.rows]
     assert len(batch["input_ids"]) == len(answers)
     for ids, mask, expected in zip(
         batch["input_ids"], batch["completion_mask"], answers, strict=True
@@ -200,7 +209,7 @@ the last bit what was loaded"""
 def test_another_image_changes_the_log_probabilities(trial):
     """image: another image changes the log-probability of every answer"""
     row = trial.rows[0]
-    other = row | {"image": trial.rows[1]["image"]}
+    other = row | {"images": trial.rows[1]["images"]}
     logps = rewards.pair_logps(trial.settings, trial.model, trial.processor, [row, other])
     for name in ("chosen", "rejected", "reference_chosen", "reference_rejected"):
         assert abs(logps[name][0] - logps[name][1]) > 1e-3, name
@@ -235,8 +244,7 @@ def test_an_answer_does_not_depend_on_the_batch(trial):
 
 def begins(trial, part):
     """Logits of the first token of every answer to `part` of the questions: (answers, words)."""
-    questions = [trial.data["question"][0], "What?"]
-    batch = chat.inference_batch(trial.data["image"][part], questions[part], trial.processor)
+    batch = chat.inference_batch(*asked_of(trial, part), trial.processor)
     with models.answering(trial.model):
         generated = trial.model.generate(
             **batch.to(trial.model.device),

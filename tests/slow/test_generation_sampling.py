@@ -1,12 +1,14 @@
-from utils import models, preferences
+from datasets import load_dataset
+
+from utils import models
 from utils.generation import answer
-from utils.settings import PROFILES
+from utils.settings import PROFILES, locate
 
 
 def test_answers_do_not_depend_on_the_batch(processor):
     settings = PROFILES["embedded"]
     model = models.load_model(settings)
-    scenes = preferences.load(settings.dataset, "test[:6]")
+    scenes = load_dataset(locate(settings.dataset), split="test[:6]")
     images = list(scenes["image"])
     questions = list(scenes["question"])
     together = answer(settings, model, processor, images, questions)

@@ -23,6 +23,7 @@ from both_trainers import (
     step,
 )
 from datasets import Dataset
+from mixed_rows import NONE, NONE_EITHER, ONE, ROWS, TURNS, TWO, dataset
 
 from utils import chat, models, preferences
 from utils.generation import answer
@@ -50,6 +51,7 @@ def test_a_step_is_the_same_in_4_bit(make, rows):
 
 
 def test_text_without_images_is_packed_too(make, rows):
+    """Rows without a column of images, which TRL tokenizes before it trains."""
     texts = []
     for row in rows:
         text = {}
@@ -62,6 +64,42 @@ def test_text_without_images_is_packed_too(make, rows):
     assert ours.packs
     assert "pixel_values" not in batches[0]
     assert_same_step(stock, ours, batches)
+
+
+def test_a_run_on_rows_with_and_without_images_is_the_same(make):
+    """Each batch has two rows; in some of them neither has an image."""
+    trainers = []
+    for kind in BOTH:
+        trainer = make(
+            kind,
+            chat.format_dataset(dataset(ROWS)),
+            per_device_train_batch_size=2,
+            max_steps=6,
+            logging_steps=1,
+            learning_rate=1e-3,
+            save_strategy="no",
+            gradient_checkpointing=True,
+            seed=3,
+        )
+        seen = watched(trainer)
+        trainer.train()
+        assert {True, False} == set(seen)
+        trainers.append(trainer)
+    assert trainers[1].packs
+    assert_same_run(*trainers)
+
+
+def watched(trainer):
+    """Return a list that gets, for each batch of the training, whether it has an image."""
+    seen = []
+    compute_loss = trainer.compute_loss
+
+    def watch(model, inputs, *arguments, **options):
+        seen.append("pixel_values" in inputs)
+        return compute_loss(model, inputs, *arguments, **options)
+
+    trainer.compute_loss = watch
+    return seen
 
 
 def test_a_whole_run_logs_and_ends_the_same(make, rows, processor, tmp_path):
@@ -88,7 +126,7 @@ def test_a_whole_run_logs_and_ends_the_same(make, rows, processor, tmp_path):
     assert_same_run(*trainers)
     assert logged(trainers[1])[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
 
-    scenes = preferences.load(SETTINGS.dataset, "test[:8]")
+    scenes = list(chat.format_dataset(preferences.load(SETTINGS.dataset, "test[:8]")))
     answers = []
     for trainer in trainers:
         answers.append(
@@ -96,8 +134,8 @@ def test_a_whole_run_logs_and_ends_the_same(make, rows, processor, tmp_path):
                 SETTINGS,
                 trainer.model,
                 processor,
-                scenes["image"],
-                scenes["question"],
+                [row["images"][0] for row in scenes],
+                [chat.last_question(row) for row in scenes],
                 max_new_tokens=24,
             )
         )
@@ -110,7 +148,7 @@ def test_a_whole_run_logs_and_ends_the_same(make, rows, processor, tmp_path):
 
 
 def test_a_run_on_streamed_rows_is_the_same(make):
-    stream = preferences.load(SETTINGS.dataset, "train[:48]").to_iterable_dataset()
+    stream = preferences.load(SETTINGS.dataset, "train", streaming=True).take(48)
     rows = chat.format_dataset(stream)
     trainers = []
     for kind in BOTH:
@@ -139,10 +177,12 @@ def test_a_new_adapter_starts_at_ln_2_with_no_reward(make, rows):
     assert metrics["rewards/margins"] == 0
 
 
-def test_two_processes_log_the_same(tmp_path):
+@pytest.mark.parametrize("pairs", ["embedded", "mixed"])
+def test_two_processes_log_the_same(pairs, tmp_path):
     """Four pairs a step, two in each process, and seven to evaluate.
 
-    This file runs as the program of both processes (below).
+    Of the mixed pairs, one process has images in a step in which the other one has none. This file
+    runs as the program of both processes (below).
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -157,7 +197,7 @@ def test_two_processes_log_the_same(tmp_path):
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, str(tmp_path), pairs]
     processes = []
     for rank in ("0", "1"):
         ranked = {**environment, "RANK": rank, "LOCAL_RANK": rank}
@@ -165,16 +205,31 @@ def test_two_processes_log_the_same(tmp_path):
     assert [process.wait(timeout=1800) for process in processes] == [0, 0]
     stock, ours = (json.loads((tmp_path / f"{kind.__name__}.json").read_text()) for kind in BOTH)
     assert len(stock) == len(ours) == 4
-    assert stock[0]["num_tokens"] > 500
+    assert stock[0]["num_tokens"] > (500 if pairs == "embedded" else 200)
     assert "eval_loss" in stock[2]
+    for kind in BOTH:
+        first, second = (
+            json.loads((tmp_path / f"{kind.__name__}-{rank}.json").read_text()) for rank in range(2)
+        )
+        # Whether there is an image in the two batches of the training and the two to evaluate.
+        if pairs == "mixed":
+            assert (first, second) == ([True, False] * 2, [False, True] * 2)
+        else:
+            assert first == second == [True] * 4
     for expected, entry in zip(stock, ours, strict=True):
         assert entry == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def run_as_one_process(folder):
+def run_as_one_process(folder, name):
     torch.set_num_threads(1)
     processor = models.load_processor(SETTINGS)
-    pairs = chat.format_dataset(preferences.load(SETTINGS.dataset, "train[:48]"))
+    order = "random"
+    loaded = preferences.load(SETTINGS.dataset, "train[:48]")
+    if name == "mixed":
+        order = "sequential"
+        # The first two rows of a step are those of the first process.
+        loaded = dataset([ONE, TWO, NONE, NONE_EITHER, NONE, NONE_EITHER, TURNS, ONE])
+    pairs = chat.format_dataset(loaded)
     for kind in BOTH:
         trainer = embedded_trainer(
             processor,
@@ -187,13 +242,18 @@ def run_as_one_process(folder):
             logging_steps=1,
             save_strategy="no",
             gradient_checkpointing=True,
-            eval_dataset=pairs.select(range(40, 47)),
+            eval_dataset=pairs.select(range(len(pairs) - 8, len(pairs) - 1)),
+            train_sampling_strategy=order,
             eval_strategy="steps",
             eval_steps=2,
             per_device_eval_batch_size=2,
         )
         assert trainer.accelerator.num_processes == 2
+        seen = watched(trainer)
         trainer.train()
+        rank = trainer.accelerator.process_index
+        with open(f"{folder}/{kind.__name__}-{rank}.json", "w") as file:
+            json.dump(seen, file)
         if trainer.accelerator.is_main_process:
             with open(f"{folder}/{kind.__name__}.json", "w") as file:
                 json.dump(logged(trainer), file)
@@ -201,4 +261,4 @@ def run_as_one_process(folder):
 
 
 if __name__ == "__main__":
-    run_as_one_process(sys.argv[1])
+    run_as_one_process(*sys.argv[1:])

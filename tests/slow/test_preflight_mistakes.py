@@ -263,7 +263,7 @@ def test_the_longest_rows_are_found_and_counted(make):
 
 
 def test_rows_of_a_stream_are_looked_at_too(processor, tmp_path):
-    pairs = preferences.load(SETTINGS.dataset, "train[:32]").to_iterable_dataset()
+    pairs = preferences.load(SETTINGS.dataset, "train", streaming=True).take(32)
     trainer = training.make_trainer(
         SETTINGS,
         models.load_model(SETTINGS),

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from datasets import load_dataset
 
 from scripts import ask, import_pairs, make_pairs, train
-from utils import preferences
+from utils.settings import locate
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +14,7 @@ def folder(tmp_path_factory):
     """Twelve drawn scenes, one of them in a folder of its own."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "more").mkdir()
-    for number, row in enumerate(preferences.load("embedded/dataset", "test[:12]")):
+    for number, row in enumerate(load_dataset(locate("embedded/dataset"), split="test[:12]")):
         name = "more/11.jpg" if number == 11 else f"{number:02}.png"
         row["image"].save(folder / name)
     return folder
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(folder):
     """The pairs that the model makes of them."""
-    make_pairs.main([str(folder), "--samples", "4"])
+    make_pairs.main([str(folder)])
     lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -44,8 +45,8 @@ def test_pairs_are_not_overwritten(folder, pairs):
 
 
 def test_pairs_become_an_adapter_that_answers(folder, pairs, tmp_path, capsys):
-    import_pairs.main([str(folder)])
-    data = str(folder / "data")
+    data = str(tmp_path / "data")
+    import_pairs.main([str(folder), "--output", data])
     train.main(["--dataset", data, "--output", str(tmp_path), "--max-steps", "1"])
     settings = json.loads((tmp_path / "training.json").read_text())["settings"]
     assert (settings["dataset"], settings["train_split"]) == (data, "train")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from benchmarks import streaming
 from utils import callbacks, chat, models, preferences, training
-from utils.settings import PROFILES, ROOT
+from utils.settings import PROFILES, ROOT, locate
 
 SETTINGS = PROFILES["embedded"]
 STEPS = 3
@@ -27,8 +27,8 @@ STEPS = 3
 def few_pairs(tmp_path_factory):
     """A folder with the pairs of a few optimizer steps: counting the tokens of all takes longer."""
     folder = tmp_path_factory.mktemp("few")
-    rows = preferences.load(SETTINGS.dataset, f"train[:{(STEPS + 1) * SETTINGS.batch_size}]")
-    rows.to_parquet(folder / "train.parquet")
+    split = f"train[:{(STEPS + 1) * SETTINGS.batch_size}]"
+    load_dataset(locate(SETTINGS.dataset), split=split).to_parquet(folder / "train.parquet")
     return folder
 
 
@@ -81,8 +81,8 @@ def test_two_processes_end_at_the_adapter_of_one(processor, few_pairs, tmp_path)
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    """A file of 12 pairs whose question says which they are."""
-    rows = preferences.load(SETTINGS.dataset, "train[:12]").remove_columns("question")
+    """A file of 12 pairs whose question says which they are, in groups of two."""
+    rows = load_dataset(locate(SETTINGS.dataset), split="train[:12]").remove_columns("question")
     rows = rows.add_column("question", [f"Number {number}?" for number in range(12)])
     path = tmp_path_factory.mktemp("stream") / "pairs.parquet"
     rows.to_parquet(path, batch_size=2)
@@ -91,8 +91,7 @@ def parquet(tmp_path_factory):
 
 def trained_rows(processor, parquet, output, rows, steps, stop=None, resume=False, shuffle=False):
     """Return the numbers of the pairs in the order in which they were trained on, two a step."""
-    stream = load_dataset("parquet", data_files=parquet, split="train", streaming=True)
-    stream = stream.reshard().take(rows)
+    stream = preferences.load(parquet, streaming=True).reshard().take(rows)
     if shuffle:
         stream = stream.shuffle(seed=0, buffer_size=4)
     trainer = training.make_trainer(

@@ -5,11 +5,12 @@ import math
 import bitsandbytes as bnb
 import pytest
 import torch
+from datasets import load_dataset
 
 from utils import chat, models, preferences, training
 from utils.generation import answer
 from utils.rewards import answer_logits
-from utils.settings import PROFILES
+from utils.settings import PROFILES, locate
 
 SETTINGS = PROFILES["embedded"]
 SHORT = {
@@ -29,7 +30,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return preferences.load(SETTINGS.dataset, "test[:4]")
+    return load_dataset(locate(SETTINGS.dataset), split="test[:4]")
 
 
 @pytest.fixture(scope="module")
