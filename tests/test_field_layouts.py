@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from PIL import Image
 from tests import layout_files
 from tests.layout_files import EXPECTED, LAYOUTS, PICTURES, QUESTION
 from utils import chat, layouts, preferences
+from utils.settings import PROFILES
 
 ANSWERS = {"chosen": "A red field.", "rejected": "A dog."}
 GOOD = {"images": ["red.jpg"], "prompt": QUESTION, **ANSWERS}
@@ -215,3 +217,19 @@ def test_a_sample_from_the_hub_is_streamed_and_kept(hub, tmp_path, monkeypatch):
     asked = len(hub)
     preferences.load("owner/name", "train", limit=20, seed=1)
     assert len(hub) == asked  # it came from the cache
+
+
+def test_the_parts_of_a_profile_share_no_row_of_a_split():
+    profile = replace(
+        PROFILES["embedded"],
+        train_split="train[:60]",
+        test_split="train[:60]",
+        train_rows=40,
+        test_rows=20,
+    )
+    train = preferences.load_part(profile, "train")["idx"][:]
+    test = preferences.load_part(profile, "test")["idx"][:]
+    everything = preferences.load("embedded/dataset", "train[:60]")["idx"][:]
+    assert sorted(train + test) == sorted(everything)
+    other = replace(profile, test_split="test[:5]")
+    assert len(preferences.load_part(other, "test")) == 5

@@ -98,14 +98,17 @@ def load(name, split="train", revision="main", streaming=False, limit=None, skip
 
 
 def load_part(settings, part):
-    """Return the rows of a profile's data set to train on, `part` "train", or of another part."""
+    """Return the rows of one part, "train" or "test", of a profile's data set."""
+    split = getattr(settings, f"{part}_split")
+    skip = 0
+    if part != "train" and split == settings.train_split:
+        skip = settings.train_rows or 0  # rows to train on are drawn from it first
     return load(
         settings.dataset,
-        getattr(settings, f"{part}_split"),
+        split,
         settings.dataset_revision,
         limit=getattr(settings, f"{part}_rows"),
-        # What is drawn from the same split must be other rows.
-        skip=0 if part == "train" else settings.train_rows or 0,
+        skip=skip,
         seed=settings.seed,
     )
 
