@@ -406,7 +406,7 @@ def tell_answers(answered, judged, options, profile):
     for line in [*answered.values(), *judged.values()]:
         seconds += line["seconds"]
     each = seconds / len(answered)
-    print(f"{each:.2f} s a picture, {each * 1000 / 3600:.1f} hours for 1,000", flush=True)
+    print(f"{each:.2f} s a picture, {each * 1000 / 60:.0f} minutes for 1,000", flush=True)
 
 
 def reviewed(options, judged, seed):

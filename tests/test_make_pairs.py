@@ -202,7 +202,7 @@ def test_cut_answers_are_no_candidates_and_the_way_out_is_named(scripted, folder
 
 def test_the_cost_of_a_thousand_pictures_is_told(scripted, folder, capsys):
     make(folder)
-    assert "hours for 1,000" in capsys.readouterr().out
+    assert "minutes for 1,000" in capsys.readouterr().out
 
 
 def test_pairs_of_sentences_begin_alike(scripted, folder):

@@ -20,9 +20,10 @@ from utils.paired_statistics import share_interval
 REVIEW_FILE = "review.jsonl"
 SHOWN_PIXELS = 640 * 480  # of a picture on the screen
 SHOWN_WIDTH = 480
-# A judge that tosses coins is right half the time, so the interval has to leave that out. And from
-# verdicts of which 80% are right, a pair whose sides differ in one right and one wrong claim is
-# 0.8² / (0.8² + 0.2²) = 94% the right way round; from 70% it would be 84%, from 60% 69%.
+# A judge that tosses coins is right about a share p of the accepted claims and 1 − p of the
+# rejected ones, so about one of the two at most half the time. And if 80% of the verdicts are
+# right, then of the pairs of an accepted and a rejected claim whose sides really differ,
+# 0.8² / (0.8² + 0.2²) = 94% are the right way round; from 70% it would be 84%, from 60% 69%.
 LEAST_SHARE = 0.8
 CHANCE = 0.5
 
