@@ -249,8 +249,12 @@ def benchmark_trainer(settings, trainer_class, model, output, **changes):
 
     With B at zero the loss would be ln 2, whatever is computed.
     """
-    row = {"question": "What is this?", "chosen": "A cup.", "rejected": "A dog."}
-    row = {"images": [Image.new("RGB", (64, 64))], **chat.conversation(row)}
+    row = {
+        "images": [Image.new("RGB", (64, 64))],
+        "prompt": chat.prompt_messages("What is this?"),
+        "chosen": chat.answer_messages("A cup."),
+        "rejected": chat.answer_messages("A dog."),
+    }
     arguments = {"disable_tqdm": True, **changes}
     trainer = trainer_class(
         model=model,
