@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from benchmarks import format_dataset, gpu, train_step
+from benchmarks import format_dataset, gpu, photographs, train_step
 from utils import memory
 from utils.settings import PROFILES
 from utils.shared_prefix import SharedPrefixDPOTrainer
@@ -141,3 +141,15 @@ def test_gpu_keeps_what_it_measured_before_memory_ended(tmp_path, monkeypatch):
     rows = gpu.sweep(settings, "ours", model, TINY, tmp_path, sizes=(1, 2, 3), use_cpu=True)
     assert [row["batch_size"] for row in rows] == [1]
     assert torch._C._len_torch_dispatch_stack() == 0, "a FLOP counter is still on"
+
+
+def test_photographs_go_through_the_whole_path(monkeypatch, capsys):
+    for name in ("HF_DATASETS_CACHE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # the benchmark sets them, and this puts them back
+    monkeypatch.setattr(photographs, "SIZE", (1200, 900))
+    monkeypatch.setattr(sys, "argv", ["photographs", "--photographs", "6"])
+    photographs.main()
+    *_, summary = capsys.readouterr().out.splitlines()
+    stages = json.loads(summary)["stages"]
+    assert list(stages) == ["import", "check", "format", "train"]
+    assert all(result["seconds"] > 0 for result in stages.values())
