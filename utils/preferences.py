@@ -55,9 +55,9 @@ REVIEW_FILE = "review.jsonl"  # what utils.review writes beside the pairs
 def load(name, split="train", revision="main", streaming=False, limit=None, skip=0, seed=0):
     """Return the preference pairs of a data set as TRL's rows, and print which layout it has.
 
-    Other columns stay as they are. A row that cannot be read stays in its place with what is wrong
-    in a column `problem`: `check` reports it, and reading it for training raises. No image is
-    decoded.
+    Other columns stay as they are; those of a JSON, JSONL or CSV file are left out. A row that
+    cannot be read stays in its place with what is wrong in a column `problem`: `check` reports it,
+    and reading it for training raises. No image is decoded.
 
     Args:
         name: a name on the hub, `owner/name` or `owner/name/configuration`; or a path: a folder of
