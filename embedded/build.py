@@ -43,6 +43,8 @@ VISION_STEPS = 1000
 ALIGNMENT_STEPS = 3600
 INSTRUCTION_STEPS = 1000
 TRAIN_SCENES = 1350
+VALIDATION_SCENES = 300
+VALIDATION_YES_NO = 90  # pairs about yes or no among them: as many in ten as in the train split
 TEST_SCENES = 500
 SAMPLES = 8  # answers per scene and question
 COLUMN_TYPES = Features(
@@ -156,34 +158,73 @@ def build_train(settings, model, processor, rng):
     return rows
 
 
-def build_test(settings, model, processor, rng):
-    """Return the rows of the test split, one for each of its scenes."""
-    scenes = {number: scene_and_image("test", number) for number in range(TEST_SCENES)}
-    questions = {number: rng.choice(DESCRIBE_QUESTIONS) for number in scenes}
+def one_pair_each(settings, model, processor, series, questions, scenes, rng):
+    """Return one row for each of `scenes`, drawn at random from its pairs, by number.
+
+    Every scene gets one: leaving out those without two different answers would drop the easy ones
+    and bias the evaluation. The temperature rises until the last scene has a pair.
+    """
     found = {}
     temperature = 1.0
-    # Every scene stays: leaving out those without two different answers would drop the easy ones
-    # and bias the evaluation.
     while len(found) < len(scenes):
         missing = {number: scene for number, scene in scenes.items() if number not in found}
-        rows = sample_pairs(settings, model, processor, "test", questions, missing, temperature)
+        rows = sample_pairs(settings, model, processor, series, questions, missing, temperature)
         rng.shuffle(rows)
         for row in rows:
             found[row["idx"]] = row
         print(
-            f"test: {len(found)} of {len(scenes)} scenes have a pair at temperature {temperature}",
+            f"{series}: {len(found)} of {len(scenes)} scenes have a pair "
+            f"at temperature {temperature}",
             flush=True,
         )
         temperature += 0.5
+    return found
+
+
+def build_validation(settings, model, processor):
+    """Return the rows of the validation split, one for each of its scenes.
+
+    As in the train split about 3 in 10 ask for yes or no, and "yes" is as often right as "no".
+    """
+    # Not those of `build_dataset`: this split was added later, and the others stay as they were.
+    torch.manual_seed(SEED)
+    rng = random.Random(f"validation-{SEED}")
+    numbers = range(VALIDATION_SCENES)
+    scenes = {number: scene_and_image("validation", number) for number in numbers}
+    asking = {}
+    for number, (objects, _) in scenes.items():
+        asking[number] = existence_question(existence_category(objects, rng))
+    existence = sample_pairs(settings, model, processor, "validation", asking, scenes)
+    rng.shuffle(existence)
+    found = {}
+    left = {True: VALIDATION_YES_NO // 2, False: VALIDATION_YES_NO // 2}
+    for row in existence:
+        says_yes = row["chosen"].startswith("Yes")
+        if row["idx"] not in found and left[says_yes]:
+            found[row["idx"]] = row
+            left[says_yes] -= 1
+    print(f"validation: {len(found)} pairs of yes and no", flush=True)
+    described = {number: scene for number, scene in scenes.items() if number not in found}
+    questions = {number: rng.choice(DESCRIBE_QUESTIONS) for number in described}
+    found |= one_pair_each(settings, model, processor, "validation", questions, described, rng)
+    return [found[number] for number in sorted(found)]
+
+
+def build_test(settings, model, processor, rng):
+    """Return the rows of the test split, one for each of its scenes; all ask for a description."""
+    scenes = {number: scene_and_image("test", number) for number in range(TEST_SCENES)}
+    questions = {number: rng.choice(DESCRIBE_QUESTIONS) for number in scenes}
+    found = one_pair_each(settings, model, processor, "test", questions, scenes, rng)
     return [found[number] for number in sorted(found)]
 
 
 def build_dataset(settings, model, processor, folder):
-    """Build both splits, write them as Parquet and return {split: Dataset}."""
+    """Build the splits, write them as Parquet and return {split: Dataset}."""
     rng = random.Random(SEED)
     rows = {
         "train": build_train(settings, model, processor, rng),
         "test": build_test(settings, model, processor, rng),
+        "validation": build_validation(settings, model, processor),
     }
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}

@@ -53,6 +53,7 @@ def test_a_perfect_model_scores_perfectly():
         "recall": 1,
         "claim_precision": 1,
         "pope_accuracy": 1,
+        "pope_recall": 1,
         "pope_f1": 1,
         "pope_yes_ratio": 0.5,
     }

@@ -261,11 +261,12 @@ def test_a_limit_draws_rows_that_another_draw_can_leave_out(numbered, streaming)
 
 def test_rows_to_test_on_are_not_those_to_train_on(numbered):
     profile = settings.PROFILES["embedded"]
-    own = {"dataset": numbered, "train_split": "train", "test_split": "train"}
-    profile = dataclasses.replace(profile, train_rows=20, test_rows=5, **own)
-    train = asked(preferences.load_part(profile, "train"))
-    test = asked(preferences.load_part(profile, "test"))
-    assert (len(train), len(test), len({*train, *test})) == (20, 5, 25)
+    one_split = dict.fromkeys(("train_split", "validation_split", "test_split"), "train")
+    rows = {"train_rows": 20, "validation_rows": 4, "test_rows": 5}
+    profile = dataclasses.replace(profile, dataset=numbered, **one_split, **rows)
+    drawn = [asked(preferences.load_part(profile, part)) for part in preferences.PARTS]
+    assert [len(part) for part in drawn] == [20, 4, 5]
+    assert len(set().union(*drawn)) == 29
 
 
 def test_of_a_split_of_its_own_nothing_is_skipped(numbered):

@@ -52,7 +52,7 @@ def test_a_profile_that_trains_and_tests_on_one_split_takes_parts_of_it():
     for chosen in settings.PROFILES.values():
         if chosen.train_split == chosen.test_split:
             drawn += 1
-            assert chosen.train_rows and chosen.test_rows
+            assert chosen.train_rows and chosen.validation_rows and chosen.test_rows
     assert drawn
 
 

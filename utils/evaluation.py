@@ -24,7 +24,7 @@ class Metric(NamedTuple):
 
     title: str
     meaning: str
-    better: str  # "lower", "higher", or "" where neither direction is better
+    better: str  # "lower", "higher", or "" where a value is best near the truth
     unit: str  # "%" for fractions, "words" for lengths
 
 
@@ -65,6 +65,12 @@ METRICS = {
         better="higher",
         unit="%",
     ),
+    "pope_recall": Metric(
+        title="POPE recall",
+        meaning="the share of questions about present objects answered “yes”",
+        better="higher",
+        unit="%",
+    ),
     "pope_f1": Metric(
         title="POPE F1",
         meaning="the harmonic mean of the precision and the recall of “yes”",
@@ -73,7 +79,7 @@ METRICS = {
     ),
     "pope_yes_ratio": Metric(
         title="POPE yes ratio",
-        meaning="the share of yes/no questions answered “yes”, ideally half",
+        meaning="the share of yes/no questions answered “yes”; right would be half",
         better="",
         unit="%",
     ),
@@ -147,12 +153,12 @@ def pope_counts_of(answers, kind):
 def count(answers, present, mentions):
     """Count all that `ask` returned: {metric: array (scenes, 2)}; see `count_descriptions`.
 
-    POPE's accuracy, F1 and yes ratio are pooled over its three ways of choosing absent categories.
+    POPE's numbers are pooled over its three ways of choosing absent categories.
     The questions about present ones count once in each of the three, as in the official files.
     """
     counts = count_descriptions(answers["descriptions"], present, mentions)
     per_kind = [pope_counts_of(answers, kind) for kind in POPE_KINDS]
-    for name in ("accuracy", "f1", "yes_ratio"):
+    for name in ("accuracy", "recall", "f1", "yes_ratio"):
         counts[f"pope_{name}"] = sum(counts_of_kind[name] for counts_of_kind in per_kind)
     return counts
 

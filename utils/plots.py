@@ -33,11 +33,11 @@ STYLE = {
     "text.parse_math": False,  # a $ in a model's name begins no formula
     "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, GRAY]),
 }
-# Which direction of a metric is better, as evaluation.METRICS says it → the heading of its group.
+# What is better, as evaluation.METRICS says it → the heading of the metric's group.
 HEADINGS = {
     "lower": "← lower is better",
     "higher": "→ higher is better",
-    "": "neither direction is better",
+    "": "nearer to the truth is better",
 }
 DEVICES = {"T4": 15e9, "24 GB": 24e9, "80 GB": 80e9}  # bytes; a Colab T4 has about 15 GB to give
 

@@ -33,6 +33,7 @@ from utils.progress import progress
 from utils.settings import EMBEDDED_DATASET, digest, locate, verify_embedded
 
 # What `check` reports without calling for the row to be dropped.
+PARTS = ("train", "validation", "test")  # in the order in which rows of one split are drawn
 NEARLY_IDENTICAL = "nearly identical answers"
 NO_END = "answer without an end"
 NO_IMAGE = "no image"
@@ -98,11 +99,15 @@ def load(name, split="train", revision="main", streaming=False, limit=None, skip
 
 
 def load_part(settings, part):
-    """Return the rows of one part, "train" or "test", of a profile's data set."""
+    """Return the rows of one part of a profile's data set: "train", "validation" or "test".
+
+    Parts that come from the same split get different rows of it.
+    """
     split = getattr(settings, f"{part}_split")
     skip = 0
-    if part != "train" and split == settings.train_split:
-        skip = settings.train_rows or 0  # rows to train on are drawn from it first
+    for earlier in PARTS[: PARTS.index(part)]:
+        if getattr(settings, f"{earlier}_split") == split:
+            skip += getattr(settings, f"{earlier}_rows") or 0
     return load(
         settings.dataset,
         split,
