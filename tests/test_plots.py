@@ -31,8 +31,8 @@ LOG = [
         "loss": 0.7 - step / 100,
         "rewards/accuracies": 0.6,
         "rewards/margins": 0.1,
-        "logps/chosen": -20.0,
-        "logps/rejected": -30.0,
+        "rewards/chosen": -0.1,
+        "rewards/rejected": -0.9,
     }
     for step in range(1, 21)
 ]
@@ -40,7 +40,7 @@ EVALUATED = {
     "step": 20,
     "eval_loss": 0.6,
     "eval_rewards/accuracies": 0.7,
-    "eval_logps/chosen": -21.0,
+    "eval_rewards/chosen": -0.2,
 }
 FINISHED = {"step": 20, "train_runtime": 3.0, "train_loss": 0.6}
 FRACTIONS = [name for name, metric in METRICS.items() if metric.unit == "%"]
@@ -194,14 +194,15 @@ def test_sizes_are_counted():
 
 def test_training_curves_draw_each_series_at_its_steps():
     figure = training_curves([*LOG, EVALUATED, FINISHED])
-    loss, accuracy, margin, log_probability = figure.axes
+    loss, accuracy, margin, rewards = figure.axes
     assert lines(loss) == {
         "loss": [(entry["step"], entry["loss"]) for entry in LOG],
         "eval_loss": [(20, 0.6)],
     }
     assert lines(accuracy)["eval_rewards/accuracies"] == [(20, 0.7)]
     assert set(lines(margin)) == {"rewards/margins"}
-    assert set(lines(log_probability)) == {"logps/chosen", "logps/rejected", "eval_logps/chosen"}
+    drawn = {"rewards/chosen", "rewards/rejected", "eval_rewards/chosen"}
+    assert set(lines(rewards)) == drawn
     levels = [line.get_ydata()[0] for line in loss.lines if line.get_linestyle() == ":"]
     assert levels == [math.log(2)]
     (legend,) = figure.legends
@@ -211,7 +212,7 @@ def test_training_curves_draw_each_series_at_its_steps():
 @pytest.mark.parametrize("log", [[], [{"step": 1, "grad_norm": 1.0}]])
 def test_panels_without_values_say_so(log):
     figure = training_curves(log)
-    keys = ["loss", "rewards/accuracies", "rewards/margins", "logps/rejected"]
+    keys = ["loss", "rewards/accuracies", "rewards/margins", "rewards/rejected"]
     for axes, key in zip(figure.axes, keys, strict=True):
         assert len(axes.lines) == 0
         (message,) = texts(axes)

@@ -154,23 +154,25 @@ def scatter_sizes(sizes):
 
 
 def training_curves(log):
-    """Draw loss, reward accuracy, reward margin and log-probabilities by step.
+    """Draw loss, reward accuracy, reward margin and rewards by optimizer step.
 
     `log`: trainer.state.log_history. Lines are training, dots are held-out pairs. A panel without
-    values says so.
+    values says so. Rewards and not log-probabilities: every point is about other pairs, which only
+    the difference from the reference makes comparable.
     """
     figure, panels = new_figure(columns=2, height=5.2, rows=2)
-    loss, accuracy, margin, log_probability = panels.flat
+    loss, accuracy, margin, rewards = panels.flat
     draw_panel(loss, log, ["loss"])
-    loss.set(title="Loss", ylabel="DPO loss (nats)")
+    loss.set(title="Loss", ylabel="DPO loss")
     draw_level(loss, math.log(2), "ln 2: no preference yet")
     draw_panel(accuracy, log, ["rewards/accuracies"])
     accuracy.set(title="Reward accuracy", ylabel="share of pairs", ylim=(-0.03, 1.03))
     draw_level(accuracy, 0.5, "chance, if none tie")
     draw_panel(margin, log, ["rewards/margins"])
-    margin.set(title="Reward margin", ylabel="chosen − rejected (nats)")
-    draw_panel(log_probability, log, ["logps/chosen", "logps/rejected"])
-    log_probability.set(title="Log-probability", ylabel="sum over an answer (nats)")
+    margin.set(title="Reward margin", ylabel="chosen − rejected (β × nats)")
+    draw_panel(rewards, log, ["rewards/chosen", "rewards/rejected"])
+    rewards.set(title="Rewards", ylabel="policy − reference (β × nats)")
+    draw_level(rewards, 0, "as likely as under the reference")
 
     # The legend shows the first line of each kind.
     kinds = {}
@@ -188,7 +190,7 @@ def training_curves(log):
 
 def draw_panel(axes, log, keys):
     """Draw the values of each of `keys` in `log` by step, or say that there are none."""
-    axes.set_xlabel("step")
+    axes.set_xlabel("optimizer step")
     for key in keys:
         draw_series(axes, log, key)
     if not axes.lines:
@@ -208,9 +210,9 @@ def draw_series(axes, log, key):
     """Draw the training values of `key` in `log` as a line, the held-out ones as dots."""
     color = BLUE
     line = "-"
-    if key == "logps/chosen":
+    if key == "rewards/chosen":
         color = GREEN
-    if key == "logps/rejected":
+    if key == "rewards/rejected":
         color = VERMILION
         line = "--"
     steps = [entry["step"] for entry in log if key in entry]
@@ -226,9 +228,9 @@ def draw_series(axes, log, key):
             marker=".",
             markersize=2,
         )
-        if key.startswith("logps/"):
+        if key in ("rewards/chosen", "rewards/rejected"):
             axes.annotate(
-                key.removeprefix("logps/"),
+                key.removeprefix("rewards/"),
                 (steps[-1], values[-1]),
                 (0, 6),
                 textcoords="offset points",
