@@ -18,8 +18,9 @@ from embedded.scenes import (
     true_description,
     with_planted_mistakes,
 )
+from utils import preferences
 from utils.hallucination import says_no
-from utils.preferences import PARTS, image_bytes, load
+from utils.preferences import PARTS, image_bytes
 from utils.settings import digest, locate
 
 
@@ -54,7 +55,7 @@ def test_a_slice_of_the_data_set_is_rebuilt_from_its_seed(part):
 def test_no_image_is_in_two_splits():
     parts_of = {}
     for part in PARTS:
-        for files in image_bytes(load("embedded/dataset", part)):
+        for files in image_bytes(preferences.load("embedded/dataset", part)):
             parts_of.setdefault(digest(files[0]), set()).add(part)
     assert len(parts_of) > 1900
     assert not [parts for parts in parts_of.values() if len(parts) > 1]

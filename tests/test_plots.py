@@ -53,7 +53,7 @@ def evaluation(**differences):
         mean, low, high = differences.get(metric, (0.1, 0.05, 0.15))
         evaluated["base"][metric] = 0.4
         evaluated["tuned"][metric] = 0.4 + mean
-        evaluated["difference"][metric] = {"mean": mean, "low": low, "high": high, "p": 0.01}
+        evaluated["difference"][metric] = {"mean": mean, "low": low, "high": high, "p": 0.0002}
     return evaluated
 
 
@@ -312,6 +312,14 @@ def test_an_undefined_metric_is_called_unclear():
     undefined = (math.nan, math.nan, math.nan)
     written = texts(before_after(evaluation(cog=undefined)).axes[0])
     assert any(text.endswith("unclear") for text in written)
+
+
+def test_a_difference_that_holm_doubts_is_called_unclear():
+    evaluated = evaluation(recall=(0.01, 0.002, 0.018))
+    evaluated["difference"]["recall"]["p"] = 0.026  # twice that is above 0.05
+    evaluated["difference"]["pope_f1"]["p"] = 0.04
+    written = texts(before_after(evaluated).axes[0])
+    assert next(text for text in written if text.startswith("+1.0")).endswith("unclear")
 
 
 @pytest.mark.parametrize("side", ["tuned", "difference"])

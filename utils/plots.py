@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
+from utils.paired_statistics import holm
+
 BLUE = "#0072B2"
 GREEN = "#009E73"
 VERMILION = "#D55E00"
@@ -275,9 +277,10 @@ def draw_level(axes, value, meaning):
 def before_after(evaluated):
     """Draw each metric of the base and the tuned model in percent, grouped by what is better.
 
-    Beside it stand the difference in points, its 95% interval and a verdict. `evaluated`: what
-    `evaluation.compare` returns. Only fractions are drawn, so not the number of words.
-    Raises ValueError if there is no known metric, or one of only one model.
+    Beside it are the difference in points, its 95% interval and a verdict, which takes into account
+    how many metrics are looked at. `evaluated`: what `evaluation.compare` returns. Only fractions
+    are drawn, so not the number of words. Raises ValueError if there is no known metric, or one of
+    only one model.
     """
     # Evaluation loads torch and transformers, which no other figure needs.
     from utils.evaluation import METRICS
@@ -289,6 +292,13 @@ def before_after(evaluated):
         for key in ("tuned", "difference"):
             if name not in evaluated[key]:
                 raise ValueError(f"{key} has no {name}, but base has: evaluate both models again")
+
+    # A metric in which nothing could be counted has no p-value.
+    known = {}
+    for name, difference in evaluated["difference"].items():
+        if not math.isnan(difference["p"]):
+            known[name] = difference["p"]
+    adjusted = holm(known)
 
     figure, axes = new_figure(height=1.5 + 0.5 * len(names))
     figure.set_figwidth(11)
@@ -306,14 +316,15 @@ def before_after(evaluated):
             difference = evaluated["difference"][name]
             low = 100 * difference["low"]
             high = 100 * difference["high"]
-            word, color = verdict(better, low, high)
+            word, color = verdict(better, low, high, adjusted.get(name, 1.0))
             text = f"{100 * difference['mean']:+.1f}  [{low:+.1f}, {high:+.1f}]  {word}"
             write(1.02, y, text.replace("-", "−"), color=color)
             base = 100 * evaluated["base"][name]
             tuned = 100 * evaluated["tuned"][name]
             draw_change(axes, y, base, tuned, color)
             y += 1
-    write(1.02, -0.3, "difference in points,\n95% interval", fontsize=8.5, color=GRAY)
+    heading = "difference in points, 95% interval;\nverdict after Holm's correction"
+    write(1.02, -0.3, heading, fontsize=8.5, color=GRAY)
 
     # Two markers outside the range, for the legend.
     draw_base(axes, [], [], label="base model")
@@ -356,13 +367,15 @@ def draw_change(axes, y, base, tuned, color):
     label(f"{right:.1f}", (right, y), (8, 0), ha="left")
 
 
-def verdict(better, low, high):
+def verdict(better, low, high, adjusted_p):
     """Return the word and the color for a difference with the 95% interval `low` to `high`.
 
-    `better`: "lower", "higher" or "", as in evaluation.METRICS.
+    `better`: "lower", "higher" or "", as in evaluation.METRICS. `adjusted_p`: after Holm.
     """
     if better == "":
         return "", BLUE
+    if adjusted_p >= 0.05:
+        return "unclear", GRAY
     if high < 0:
         is_better = better == "lower"
     elif low > 0:
