@@ -13,6 +13,10 @@ from tools.notebooks import ROOT, TOKEN, WIDGET, bootstrap, home, stale, without
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+TEACHING = [path for path in PATHS if path.stem[:2] <= "06"]
+teaching = pytest.mark.parametrize("path", TEACHING, ids=lambda path: path.stem)
+# The number of the notebook that explains a word. No earlier one uses it.
+FIRST_IN = {"adapter": 3, "QLoRA": 3, "CHAIR": 4, "POPE": 4, "recall": 4, "hinge": 5, "IPO": 5}
 MACHINE_PATH = r"/(?:work|root|home|tmp)/"
 NOT_ON_THE_MAIN_PATH = [
     r"\blogin\(",
@@ -156,6 +160,37 @@ def test_anatomy(path):
     assert f"https://kaggle.com/kernels/welcome?src=https://github.com/{file}" in targets
     assert re.search(r"^#+ What you saw", markdown(path), flags=re.MULTILINE)
     assert "<details" in markdown(path)
+
+
+@every_notebook
+def test_code_fits_the_page_of_the_book(path):
+    lines = []
+    for cell in code_cells(path)[1:]:  # all but the first, which has a long address
+        lines += cell.source.splitlines()
+    for block in re.findall(r"```python\n(.*?)```", markdown(path), flags=re.DOTALL):
+        lines += block.splitlines()
+    assert not [line for line in lines if len(line) > 80]
+
+
+@teaching
+def test_teaches_with_a_diagram_questions_exercises_and_further_reading(path):
+    text = markdown(path)
+    assert any("diagrams." in cell.source for cell in code_cells(path))
+    assert text.count("<summary>Answer</summary>") == 3
+    assert text.count("<summary>Solution</summary>") == 2
+    for heading in ("Check yourself", "Exercises", "Further reading"):
+        assert f"\n## {heading}" in text
+
+
+@teaching
+def test_no_word_comes_before_its_notebook(path):
+    """01 to 04 are read in one sitting: nothing is named before it is explained."""
+    number = int(path.stem[:2])
+    # What links to a notebook may bear its name.
+    text = re.sub(r"\[[^]]*\]\([^)]*\)", "", markdown(path))
+    for word, first in FIRST_IN.items():
+        if number < first:
+            assert not re.findall(rf".*\b{word}\b.*", text, flags=re.IGNORECASE)
 
 
 @every_notebook
