@@ -92,7 +92,7 @@ def test_every_question_keeps_its_own_image(trained):
         for side in names["trainer"].data_collator([row])["pixel_values"]:
             assert torch.equal(side, expected[0])
         compared.add(chosen)
-    assert len(compared) >= 10
+    assert len(compared) >= 6
 
 
 def test_the_adapter_loads_on_its_base(trained):
