@@ -1,20 +1,17 @@
 """What notebook 05 teaches, against the package and TRL; log-probabilities for any batch size."""
 
-import ast
 import dataclasses
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from IPython.core.inputtransformer2 import TransformerManager
 
+from tests.taught import definitions
 from utils import chat, models, preferences, rewards, training
-from utils.settings import PROFILES, ROOT
+from utils.settings import PROFILES
 
 SETTINGS = PROFILES["embedded"]
-NOTEBOOK = ROOT / "notebooks" / "05_dpo_loss_by_hand.ipynb"
 TAUGHT = ("sigmoid", "hinge", "robust", "ipo", "sigmoid_norm", "MPO")
 
 
@@ -48,31 +45,13 @@ def noisy_trainer(processor, rows, tmp_path):
     return make
 
 
-def assigned_name(node):
-    """The name that an assignment (also `|=`) gives a value, else None."""
-    target = None
-    if isinstance(node, ast.Assign):
-        target = node.targets[0]
-    elif isinstance(node, ast.AugAssign):
-        target = node.target
-    return target.id if isinstance(target, ast.Name) else None
-
-
 @pytest.fixture(scope="module")
 def notebook():
-    """What the notebook defines, run alone: its functions, VARIANTS and LOSSES."""
-    wanted = []
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
-        source = TransformerManager().transform_cell(cell.source)
-        for node in ast.parse(source).body:
-            is_function = isinstance(node, ast.FunctionDef)
-            if is_function or assigned_name(node) in ("VARIANTS", "LOSSES"):
-                wanted.append(node)
-    namespace = {"torch": torch, "F": F, "settings": SETTINGS}
-    exec(compile(ast.Module(wanted, type_ignores=[]), NOTEBOOK.name, "exec"), namespace)
-    return namespace
+    """What the notebook defines, run alone: its functions, VARIANTS and LOSSES, and the toy."""
+    names = {"torch": torch, "F": F, "settings": SETTINGS}
+    return definitions(
+        "05", names, names=("VARIANTS", "LOSSES", "true_reward", "reference_p", "toy")
+    )
 
 
 def test_the_notebook_compares_the_losses_tested_here(notebook):
@@ -88,6 +67,17 @@ def test_the_notebook_teaches_the_same_answer_logps(notebook):
     taught = notebook["answer_logps"]
     assert taught is not rewards.answer_logps
     assert torch.equal(taught(logits, ids, mask), rewards.answer_logps(logits, ids, mask))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 3.0])
+def test_no_distribution_beats_the_best_policy_of_the_toy(notebook, beta):
+    best, _ = notebook["best_policy"](beta)
+    assert best.sum() == pytest.approx(1)
+    reached = notebook["objective"](best, beta)
+    others = torch.distributions.Dirichlet(torch.ones(3))
+    torch.manual_seed(0)
+    for other in others.sample((500,)):
+        assert notebook["objective"](other, beta) <= reached + 1e-6
 
 
 @pytest.mark.parametrize("name", TAUGHT)
