@@ -21,11 +21,14 @@ CONTENTS = (ROOT / "docs" / "contents.md").read_text(encoding="utf-8")
 
 project = "vlm-dpo"
 html_title = "Preference-tune a vision language model"
-extensions = ["myst_nb", "sphinx-mathjax-offline"]
+extensions = ["myst_nb", "sphinx-mathjax-offline", "sphinxcontrib.bibtex"]
+bibtex_bibfiles = ["references.bib"]
 root_doc = "README"
 include_patterns = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/glossary.md",
+    "docs/references.md",
     "embedded/README.md",
     "tests/README.md",
     "notebooks/*.ipynb",

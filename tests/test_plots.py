@@ -18,7 +18,6 @@ from utils.plots import (
     length_histogram,
     memory_figure,
     new_figure,
-    scatter_sizes,
     training_curves,
 )
 from utils.settings import PROFILES
@@ -79,8 +78,6 @@ def image_of(figure):
 def make_figure(name):
     if name == "length_histogram":
         return length_histogram(["a b c"] * 40, ["a b c d"] * 40)
-    if name == "scatter_sizes":
-        return scatter_sizes([(width, 900 - width) for width in range(200, 600)])
     if name == "training_curves":
         return training_curves([*LOG, EVALUATED])
     if name == "memory_figure":
@@ -90,7 +87,7 @@ def make_figure(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["length_histogram", "scatter_sizes", "training_curves", "before_after", "memory_figure"],
+    ["length_histogram", "training_curves", "before_after", "memory_figure"],
 )
 def test_figures_are_returned_labelled_and_small(name):
     figure = make_figure(name)
@@ -174,19 +171,6 @@ def test_no_answer_falls_out_of_the_histogram(longest, monkeypatch):
 def test_the_histogram_needs_answers():
     with pytest.raises(ValueError, match=r"2 chosen .* 0 rejected"):
         length_histogram(["a", "b"], [])
-
-
-def test_sizes_are_counted():
-    axes = scatter_sizes([[640, 480], (640, 480), (100, 900)]).axes[0]
-    (dots,) = axes.collections
-    areas = {}
-    for size, area in zip(dots.get_offsets().tolist(), dots.get_sizes(), strict=True):
-        areas[tuple(size)] = area
-    assert set(areas) == {(100, 900), (640, 480)}
-    assert areas[640, 480] > areas[100, 900]
-    assert "3" in axes.get_title() and "2" in axes.get_title()
-    with pytest.raises(ValueError, match="sizes"):
-        scatter_sizes([])
 
 
 # Training

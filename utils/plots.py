@@ -6,7 +6,6 @@ line of a cell it is shown there, once.
 """
 
 import base64
-import collections
 import functools
 import io
 import math
@@ -127,32 +126,6 @@ def length_histogram(chosen, rejected):
     axes.set(xlabel="words per answer", ylabel="answers")
     axes.legend(frameon=False)
     return figure
-
-
-def scatter_sizes(sizes):
-    """Draw the `sizes` of images, [(width, height), …] in pixels.
-
-    The area of a dot grows with its number of images. Raises ValueError if `sizes` is empty.
-    """
-    counts = collections.Counter(tuple(size) for size in sizes)
-    if not counts:
-        raise ValueError("sizes is empty, so there is no image size to plot")
-    widths = [width for width, height in counts]
-    heights = [height for width, height in counts]
-    areas = [15 + 250 * count / counts.total() for count in counts.values()]
-    figure, axes = new_figure(height=3.6)
-    axes.scatter(widths, heights, areas, color=(BLUE, 0.4), edgecolor=BLUE)
-    axes.set(
-        title=f"number of images: {counts.total():,}, of different sizes: {len(counts):,}",
-        xlabel="width (pixels)",
-        ylabel="height (pixels)",
-        xlim=(0, 1.1 * max(widths)),
-        ylim=(0, 1.1 * max(heights)),
-    )
-    return figure
-
-
-# Training
 
 
 def training_curves(log):
