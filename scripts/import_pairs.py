@@ -20,7 +20,7 @@ from utils.preferences import image_header
 from utils.progress import progress
 from utils.settings import digest
 
-IMAGE_COLUMNS = ("images", "rejected_images")
+COPIED = ("images", "rejected_images")  # columns
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 SHOWN = 20  # reasons that are printed
 EXAMPLES = 3  # pairs that are printed
@@ -90,7 +90,7 @@ def copy_images(rows, folder):
     Returns ({row number: {column: [names of files]}} of the rows that can be trained on, and
     {problem: row numbers}).
     """
-    columns = [name for name in IMAGE_COLUMNS if name in rows.column_names]
+    columns = [name for name in COPIED if name in rows.column_names]
     pairs = {}
     problems = defaultdict(list)
     found = preferences.row_problems(rows)
@@ -223,7 +223,7 @@ def show_examples(rows, pairs):
     """Print the texts of the first pairs, to be read before a model is trained on them."""
     for number, files in list(pairs.items())[:EXAMPLES]:
         row = rows[number]
-        print(f"\nrow {number}, {len(files['images'])} images")
+        print(f"\nrow {number}, images: {len(files['images'])}")
         for name in layouts.MESSAGES:
             print(f"  {name + ':':9} {preferences.text_of(row[name])[:LONGEST]!r}")
     print()

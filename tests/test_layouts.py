@@ -173,6 +173,14 @@ def test_a_streamed_file_names_the_same_lines(folder):
     assert load(folder)["problem"][0] is None
 
 
+@pytest.mark.parametrize("name", ["pairs.JSONL", "Pairs.Jsonl"])
+def test_an_ending_in_capitals_is_known(folder, name):
+    write_jsonl(folder, GOOD)
+    (folder / "pairs.jsonl").rename(folder / name)
+    for source in (folder, folder / name):
+        assert len(preferences.load(str(source))) == 1
+
+
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl"])
 def test_a_line_that_is_not_utf_8_is_named_and_the_others_are_still_read(folder, name):
     write = write_csv if name == "pairs.csv" else write_jsonl

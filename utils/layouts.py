@@ -319,7 +319,7 @@ def refuse_wrong_turns(row):
     """
     roles = [turn["role"] for turn in row["prompt"]]
     if not roles:
-        raise ValueError("there is no prompt")
+        raise ValueError("there is no prompt: its column must be called prompt or question")
     if roles[-1] != "user":
         raise ValueError(f"the prompt ends with a turn of the {roles[-1]}, not of the user")
     if "system" in roles[1:]:

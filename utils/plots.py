@@ -128,6 +128,9 @@ def length_histogram(chosen, rejected):
     return figure
 
 
+# Training
+
+
 def training_curves(log):
     """Draw loss, reward accuracy, reward margin and rewards by optimizer step.
 

@@ -38,7 +38,7 @@ NEARLY_IDENTICAL = "nearly identical answers"
 NO_END = "answer without an end"
 NO_IMAGE = "no image"
 WARNINGS = (NEARLY_IDENTICAL, NO_END, NO_IMAGE)
-SHARED_AT_MOST = 0.95  # the share of words from which two answers are nearly identical
+NEARLY_ALL_SHARED = 0.95  # the share of words from which two answers are nearly identical
 SHORT = 8  # words: a shorter answer may do without a full stop
 ENDS = tuple(".!?…。！？｡\"'”’»)]}」』`*|:")
 CHECKED_PIXELS = 1_000_000  # to which an image is reduced when it is only looked at for damage
@@ -139,7 +139,7 @@ def stored_rows(local, split, revision, streaming, where):
         if not streaming:
             say_download(path, revision)
     elif Path(local).is_file():
-        arguments["path"] = Path(local).suffix.removeprefix(".")
+        arguments["path"] = Path(local).suffix.removeprefix(".").lower()
         arguments["data_files"] = local
     elif list(Path(local).rglob("metadata.parquet")):
         arguments["path"] = "imagefolder"
@@ -261,12 +261,12 @@ def file_of_texts(local, split):
     """
     path = Path(local)
     if path.is_file():
-        return path if path.suffix in text_files.ENDINGS else None
+        return path if path.suffix.lower() in text_files.ENDINGS else None
     if not path.is_dir() or any(path.rglob("*.parquet")):
         return None
     if any(file.stem in NOT_PAIRS for file in path.iterdir()):
         return None
-    files = [file for file in path.iterdir() if file.suffix in text_files.ENDINGS]
+    files = [file for file in path.iterdir() if file.suffix.lower() in text_files.ENDINGS]
     files = sorted(file for file in files if file.name != REVIEW_FILE)
     if len(files) < 2:
         return files[0] if files else None
@@ -444,7 +444,7 @@ def text_problems(row, tokens):
     rejected = text_of(row["rejected"])
     if chosen == rejected:
         problems.append("chosen equals rejected")
-    elif shared_words(chosen, rejected) >= SHARED_AT_MOST:
+    elif shared_words(chosen, rejected) >= NEARLY_ALL_SHARED:
         problems.append(NEARLY_IDENTICAL)
     for answer in (chosen, rejected):
         if len(answer.split()) >= SHORT and not answer.rstrip().endswith(ENDS):

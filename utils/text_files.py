@@ -18,9 +18,10 @@ def file_rows(path):
     `place` is "line 7" or "item 7". Either the row, a dict, or the problem, a text, is None. JSONL
     and CSV are read line by line.
     """
-    if path.suffix == ".json":
+    ending = path.suffix.lower()
+    if ending == ".json":
         yield from json_rows(path)
-    elif path.suffix == ".jsonl":
+    elif ending == ".jsonl":
         yield from jsonl_rows(path)
     else:
         yield from csv_rows(path)
