@@ -349,9 +349,9 @@ def all_rows_dropped(place):
     budget(place, pairs(GOOD, OTHER), 5)
 
 
-@case("a wrong split", ValueError, "embedded/dataset, split validation, revision main")
+@case("a wrong split", ValueError, "embedded/dataset, split dev, revision main")
 def wrong_split(place):
-    preferences.load("embedded/dataset", "validation")
+    preferences.load("embedded/dataset", "dev")
 
 
 @case("an empty split", ValueError, "train[:0]")

@@ -150,7 +150,7 @@ def training_curves(log):
     margin.set(title="Reward margin", ylabel="chosen − rejected (β × nats)")
     draw_panel(rewards, log, ["rewards/chosen", "rewards/rejected"])
     rewards.set(title="Rewards", ylabel="policy − reference (β × nats)")
-    draw_level(rewards, 0, "as likely as under the reference")
+    draw_level(rewards, 0)
 
     # The legend shows the first line of each kind.
     kinds = {}
@@ -230,7 +230,7 @@ def draw_series(axes, log, key):
         )
 
 
-def draw_level(axes, value, meaning):
+def draw_level(axes, value, meaning=""):
     """Draw a dotted line at `value` and say its `meaning`, in a panel that shows something."""
     if not axes.lines:
         return

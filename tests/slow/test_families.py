@@ -33,6 +33,7 @@ def settings_for(name, folder):
         model=str(folder),
         dataset="embedded/dataset",
         train_split="train[:2]",
+        validation_split="validation[:2]",
         test_split="test[:2]",
         lora_rank=4,
         learning_rate=1e-2,
