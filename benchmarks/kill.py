@@ -32,6 +32,7 @@ from utils.settings import PROFILES, ROOT
 STEPS = 16
 SAVE_STEPS = 2
 PAIRS = 4
+LIMIT = 1200  # seconds; an optimizer step takes less than one
 SETTINGS = replace(
     PROFILES["embedded"],
     train_split=f"train[:{STEPS * PAIRS // 2}]",  # twice this many pairs in two epochs
@@ -86,6 +87,9 @@ def process_context():
     os.environ["TQDM_DISABLE"] = "1"
     # A killed process cannot release its semaphores. Python's tracker does, and would warn.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    # A copy of a process that has threads may wait forever for a lock that one of them held.
+    # Arrow's allocator would start one.
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["utils.chat", "utils.training"])
     return context
@@ -112,7 +116,7 @@ def attempt(context, output, begin, moment=None):
     """Train into `output` from optimizer step `begin`, in a process that is killed at `moment`.
 
     Returns [(event, step, time)] as the process told them, and when it was killed or None.
-    RuntimeError when training failed by itself or began at another step.
+    RuntimeError when training failed by itself, began at another step, or told nothing for LIMIT.
     """
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=train_in_child, args=(output, begin > 0, sender))
@@ -120,9 +124,14 @@ def attempt(context, output, begin, moment=None):
     sender.close()  # so that reading ends when the process does
     told = []
     killed = None
+    last_heard = time.monotonic()
     try:
         while True:
+            if time.monotonic() - last_heard > LIMIT:
+                process.kill()
+                raise RuntimeError(f"training told nothing for {LIMIT} seconds")
             if receiver.poll(0.0005):
+                last_heard = time.monotonic()
                 event, step = receiver.recv()
                 told.append((event, step, time.monotonic()))
             if moment and not killed and reached(moment, told, output):

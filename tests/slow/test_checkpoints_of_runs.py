@@ -124,6 +124,12 @@ def test_a_failure_of_its_own_is_not_taken_for_a_kill(tmp_path):
         kill.attempt(kill.process_context(), tmp_path, 2)  # nothing to resume
 
 
+def test_a_silent_process_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(kill, "LIMIT", 0)
+    with pytest.raises(RuntimeError, match="told nothing"):
+        kill.attempt(kill.process_context(), tmp_path, 0)
+
+
 WAITS = """\
 import os, pathlib, time
 if not pathlib.Path("kernel").exists():
