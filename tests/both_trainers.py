@@ -114,10 +114,12 @@ def family_trainers(name, folder):
 
 def assert_same_for_mixed_rows(trainers, rows):
     """A step on the batch is the same in both, and each row has what it has in a batch alone."""
-    batches = [trainer.data_collator([dict(row) for row in rows]) for trainer in trainers]
+    stock, ours = trainers
+    batches = [stock.data_collator([dict(row) for row in rows]), ours.collate(rows)]
     images = assert_same_batch(*batches)
     assert bool(images) == any(row["images"] for row in rows)
     assert_same_step(*trainers, batches)
+    assert_same_step(*trainers, [batches[0], ours.data_collator(rows)])  # in another order
     for trainer, batch in zip(trainers, batches, strict=True):
         alone = []
         for row in rows:

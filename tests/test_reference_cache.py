@@ -60,9 +60,17 @@ def save_processor(folder):
     (Path(folder) / "processor.json").write_text("{}")
 
 
+ROWS = {
+    "number": [1.0, 2.0, 3.0],
+    "prompt": ["What is this?"] * 3,
+    "chosen": ["A cup on a table.", "A cup.", "A cup."],  # the first row is the longest
+    "rejected": ["A dog."] * 3,
+}
+
+
 class FakeTrainer:
-    train_dataset = Dataset.from_dict({"number": [1.0, 2.0, 3.0]})
-    data_collator = staticmethod(collate_numbers)
+    train_dataset = Dataset.from_dict(ROWS)
+    collate = staticmethod(collate_numbers)
     processing_class = SimpleNamespace(save_pretrained=save_processor)
     ref_model = None
 
@@ -97,13 +105,13 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path):
     assert (first.batches, second.batches) == (2, 0)
     for trainer in (first, second):
         batch = trainer.data_collator([trainer.train_dataset[2], trainer.train_dataset[0]])
-        assert batch["number"].tolist() == [3, 1]
-        assert batch["ref_chosen_logps"].tolist() == [-3, -1]
-        assert batch["ref_rejected_logps"].tolist() == [-6, -2]
+        assert batch["number"].tolist() == [1, 3]  # the longest first
+        assert batch["ref_chosen_logps"].tolist() == [-1, -3]
+        assert batch["ref_rejected_logps"].tolist() == [-2, -6]
 
 
 def test_rows_for_evaluation_bring_no_values():
-    batch = collate_with_reference(collate_numbers, [{"number": 4.0}])
+    batch = collate_with_reference(collate_numbers, [FakeTrainer.train_dataset[0]])
     assert list(batch) == ["number"]
 
 

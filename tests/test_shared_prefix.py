@@ -52,12 +52,12 @@ def test_the_row_that_the_docstring_draws():
     attention_mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7, [1] * 5 + [0] * 2, [1] * 6 + [0]])
     lengths = shared_prefix.row_lengths(attention_mask, labels)
     assert lengths == ([3, 4, 3, 4], [2, 3, 2, 2])
-    pairs = PackedPairs(attention_mask, labels, lengths)
+    pairs = PackedPairs(attention_mask, labels, lengths=lengths)
     assert pairs.place.tolist() == list(range(10))
     assert pairs.row[0].tolist() == [0, 0, 0, 0, 0, 2, 2, 2, 2, 2]
     assert pairs.column[0].tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]
     assert pairs.branch[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
-    assert pairs.pair.tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 1]
+    assert pairs.predicted_in.tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 1]
     assert pairs.predicted_at.tolist() == [2, 3, 3, 4, 5, 5, 6, 7, 8]
 
 
@@ -82,6 +82,31 @@ def test_the_mask_of_a_pair_by_hand():
     eager = pairs.mask("eager", torch.float32)[:, 0]
     assert torch.equal(eager == 0, masks)
     assert eager.min() == torch.finfo(torch.float32).min
+
+
+def test_the_mask_of_two_pairs_in_a_row_by_hand():
+    """[p p | c | p r | p | c | p r]: prompts of two tokens and of one, answers of one."""
+    labels = torch.tensor([[-100, -100, 4], [-100, 5, -100], [-100, -100, 6], [-100, 7, -100]])
+    attention_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]])
+    pairs = PackedPairs(attention_mask, labels, counts=[2])
+    places = torch.arange(3).expand(4, 3)
+    assert pairs.pack(places).tolist() == [[0, 1, 2, 1, 2, 0, 1, 0, 1]]
+    assert pairs.row.tolist() == [[0, 0, 0, 2, 2, 1, 1, 3, 3]]
+    assert pairs.predicted_in.tolist() == [0, 0, 0, 0]
+    assert pairs.predicted_at.tolist() == [1, 5, 3, 7]
+    expected = """
+        x........
+        xx.......
+        xxx......
+        x..x.....
+        x..xx....
+        .....x...
+        .....xx..
+        .......x.
+        .......xx""".split()
+    mask = pairs.mask("sdpa", torch.float32)[0, 0]
+    for line, place in zip(expected, mask.tolist(), strict=True):
+        assert "".join("x" if sees else "." for sees in place) == line
 
 
 def test_a_padded_row_may_repeat_its_last_token():
@@ -123,6 +148,22 @@ def test_the_comparison_finds_a_rejected_answer_that_sees_the_chosen_one(make, m
     stock, ours = (make(kind, tiny_model("llava")) for kind in BOTH)
     batches = tiny_batch(tiny_model("llava"), PAIRS)
     monkeypatch.setattr(shared_prefix, "CHOSEN", shared_prefix.SHARED)
+    with pytest.raises(AssertionError):
+        assert_same_step(stock, ours, batches)
+
+
+def test_the_comparison_finds_a_pair_that_sees_the_pair_before_it(make, monkeypatch):
+    stock, ours = (make(kind, tiny_model("llava")) for kind in BOTH)
+    batches = tiny_batch(tiny_model("llava"), PAIRS)
+    monkeypatch.setattr(shared_prefix, "pairs_in_rows", lambda lengths, width: [len(lengths)])
+    assert_same_step(stock, ours, batches)
+    right = PackedPairs.__init__
+
+    def one_pair(pairs, *arguments):
+        right(pairs, *arguments)
+        pairs.pair = torch.zeros_like(pairs.pair)
+
+    monkeypatch.setattr(PackedPairs, "__init__", one_pair)
     with pytest.raises(AssertionError):
         assert_same_step(stock, ours, batches)
 

@@ -5,6 +5,7 @@ more forward per row, so this pays over several epochs, or when a run is repeate
 """
 
 import hashlib
+import json
 import os
 import tempfile
 from functools import partial
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, StackDataset
 
 from utils.progress import progress
+from utils.shared_prefix import balanced_order, collate_balanced
 
 
 def use_reference_cache(trainer, folder):
@@ -26,7 +28,6 @@ def use_reference_cache(trainer, folder):
     Raises ValueError for streaming data, whose rows have no numbers, and for a damaged file.
     """
     rows = trainer.train_dataset
-    collate = trainer.data_collator
     if not hasattr(rows, "__len__"):
         raise ValueError(
             "reference log-probabilities cannot be kept for streaming data: "
@@ -37,7 +38,7 @@ def use_reference_cache(trainer, folder):
         write_log_probs(path, compute_log_probs(trainer))
     # A column added to shuffled rows would have every image written again.
     trainer.train_dataset = StackDataset(rows, read_log_probs(path))
-    trainer.data_collator = partial(collate_with_reference, collate)
+    trainer.data_collator = partial(collate_with_reference, trainer.collate)
     return path
 
 
@@ -47,7 +48,7 @@ def compute_log_probs(trainer):
     batches = DataLoader(
         trainer.train_dataset,
         trainer.args.per_device_eval_batch_size,
-        collate_fn=trainer.data_collator,
+        collate_fn=trainer.collate,  # in the order of the rows
     )
     pairs = []
     for batch in progress(batches, "reference log-probabilities"):
@@ -85,13 +86,14 @@ def read_log_probs(path):
 
 
 def collate_with_reference(collate, examples):
-    """Return the batch of `collate`, with the log-probabilities where examples have them.
+    """Return a batch in balanced order, with the log-probabilities where examples have them.
 
     An example for training is a tuple of row and log-probabilities, one for evaluation only a row.
     """
     if not isinstance(examples[0], tuple):
-        return collate(examples)
-    rows, log_probs = zip(*examples, strict=True)
+        return collate_balanced(collate, examples)
+    order = balanced_order([row for row, _ in examples])
+    rows, log_probs = zip(*[examples[number] for number in order], strict=True)
     chosen, rejected = torch.stack(log_probs).unbind(1)
     return {**collate(list(rows)), "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
@@ -111,10 +113,18 @@ def cache_key(trainer):
     with tempfile.TemporaryDirectory() as folder:
         trainer.processing_class.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*.*")):
-            parts.append(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}")
+            parts.append(f"{path.name} {hashlib.sha256(lasting_bytes(path)).hexdigest()}")
     parts.append(trainer.train_dataset._fingerprint)
     parts += [args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def lasting_bytes(path):
+    """Return the bytes of a processor's file, of tokenizer.json without what its last call left."""
+    if path.name != "tokenizer.json":
+        return path.read_bytes()
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    return json.dumps(tokenizer | {"padding": None, "truncation": None}).encode()
 
 
 def tensor_digest(tensor):

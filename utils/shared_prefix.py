@@ -5,7 +5,8 @@ with the same images and the same question, through the policy and through the r
   * the collator processes each image once per pair;
   * a vision tower that nobody trains encodes it once, without gradient, for both answers and for
     policy and reference;
-  * the prompt goes through the language model once per forward: `PackedPairs` draws the row.
+  * the prompt goes through the language model once per forward, and several pairs share a row so
+    that less of it is padding: `PackedPairs` draws the row.
 """
 
 import warnings
@@ -71,6 +72,29 @@ def collate_pairs(stock, examples):
     return collator([dict(example) for example in examples])  # it changes what it is given
 
 
+def balanced_order(rows):
+    """Return the numbers of `rows` as longest, shortest, second longest, second shortest, …
+
+    Rows of pairs that follow one another in this order become about equally long. Length is that
+    of the texts; images are taken to need as many tokens in every row.
+    """
+    sizes = []
+    for row in rows:
+        sizes.append(sum(len(str(row[name])) for name in ("prompt", "chosen", "rejected")))
+    falling = sorted(range(len(rows)), key=lambda number: sizes[number], reverse=True)
+    order = []
+    while falling:
+        order.append(falling.pop(0))
+        if falling:
+            order.append(falling.pop())
+    return order
+
+
+def collate_balanced(collate, examples):
+    """Return the batch that `collate` makes of `examples` in balanced order."""
+    return collate([examples[number] for number in balanced_order(examples)])
+
+
 def row_lengths(attention_mask, labels):
     """Return the tokens in the prompt and in the answer of each row, as two lists.
 
@@ -82,10 +106,64 @@ def row_lengths(attention_mask, labels):
     return prompts, answers
 
 
-class PackedPairs:
-    """Map the tokens of TRL's rows (2n, T) to packed rows (n, L).
+def pair_lengths(prompts, answers):
+    """Return (prompt, chosen, rejected) of each pair, from what `row_lengths` returns."""
+    pairs = len(prompts) // 2
+    return list(zip(prompts[:pairs], answers[:pairs], answers[pairs:], strict=True))
 
-    A prompt of three tokens with answers of two becomes one row of eight, here padded to ten:
+
+def packed_length(prompt, chosen, rejected):
+    """Return how many tokens a pair takes: its prompt's last token comes twice."""
+    return prompt + chosen + 1 + rejected
+
+
+def fill_rows(lengths, capacity):
+    """Return how many pairs share each row when pairs of these `lengths` fill rows in order.
+
+    A row holds at most `capacity` tokens, which must be enough for each of the pairs.
+    """
+    counts = [0]
+    free = capacity
+    for length in lengths:
+        if length > free:
+            counts.append(0)
+            free = capacity
+        counts[-1] += 1
+        free -= length
+    return counts
+
+
+def pairs_in_rows(lengths, width):
+    """Return how many pairs share each row so that a forward pass computes least.
+
+    `lengths`: tokens of each pair, in the order in which they fill the rows. `width`: hidden size
+    of the language model. With fewer rows there is less padding, but attention grows: of a row of
+    L tokens the matrices compute about L · 6 · `width` multiplications where attention has L · L.
+    """
+    fewest = None
+    best = None
+    for rows in range(1, len(lengths) + 1):
+        # The smallest capacity with which the pairs fit into so many rows, by halving.
+        low = max(lengths)
+        high = sum(lengths)
+        while low < high:
+            middle = (low + high) // 2
+            if len(fill_rows(lengths, middle)) <= rows:
+                high = middle
+            else:
+                low = middle + 1
+        counts = fill_rows(lengths, low)
+        multiplications = len(counts) * low * (6 * width + low)
+        if fewest is None or multiplications < fewest:
+            fewest = multiplications
+            best = counts
+    return best
+
+
+class PackedPairs:
+    """Map the tokens of TRL's rows (2n, T) to packed rows (R, L) of one or more pairs.
+
+    A prompt of three tokens with answers of two becomes a row of eight, here padded to ten:
 
         place    0   1   2   3   4   5   6   7   8   9
         token    p0  p1  p2  c0  c1  p2  r0  r1  .   .
@@ -95,59 +173,77 @@ class PackedPairs:
 
     The last prompt token, p2, comes twice because it predicts two tokens, c0 and r0. Both answers
     see a token of branch 0, only the chosen one sees branch 1, only the rejected one branch 2.
+    Another pair may follow in the same row. No token sees one of another pair.
 
     `attention_mask` and `labels` are TRL's, (2n, T): padded on the right, -100 outside the answers,
-    the prompt of row i again in row n + i. Every prompt must have at least one token. `lengths` is
-    what `row_lengths` returns for them, where that is known already.
+    the prompt of row i again in row n + i. Every prompt must have at least one token. `counts`
+    says how many pairs share each packed row; None is one. `lengths` is what `row_lengths`
+    returns, where that is known already.
     """
 
-    def __init__(self, attention_mask, labels, lengths=None):
+    def __init__(self, attention_mask, labels, counts=None, lengths=None):
         pairs = len(labels) // 2
         device = labels.device
-        prompts, answers = lengths or row_lengths(attention_mask, labels)
-        chosen_answers = answers[:pairs]
-        rejected_answers = answers[pairs:]
-        lengths = list(zip(prompts[:pairs], chosen_answers, rejected_answers, strict=True))
-        longest = max(prompt + chosen + 1 + rejected for prompt, chosen, rejected in lengths)
+        counts = counts or [1] * pairs
+        lengths = pair_lengths(*(lengths or row_lengths(attention_mask, labels)))
 
-        row = torch.empty(pairs, longest, dtype=torch.long)
-        column = torch.empty(pairs, longest, dtype=torch.long)
-        branch = torch.empty(pairs, longest, dtype=torch.long)
+        packed_rows = []  # of each pair
+        first_places = []
+        longest = 0
+        for packed_row, count in enumerate(counts):
+            place = 0
+            for _ in range(count):
+                length = packed_length(*lengths[len(packed_rows)])
+                packed_rows.append(packed_row)
+                first_places.append(place)
+                place += length
+            longest = max(longest, place)
+
+        row = torch.empty(len(counts), longest, dtype=torch.long)
+        column = torch.empty(len(counts), longest, dtype=torch.long)
+        branch = torch.empty(len(counts), longest, dtype=torch.long)
         for pair, (prompt, chosen, _) in enumerate(lengths):
-            last = prompt - 1  # the place of the token that comes twice
-            second = prompt + chosen  # where it comes again
-            row[pair, :second] = pair
-            row[pair, second:] = pairs + pair
-            column[pair, :second] = torch.arange(second)
-            # Padding comes along: it is what follows the rejected answer in TRL's row.
-            column[pair, second:] = torch.arange(last, last + longest - second)
-            branch[pair, :last] = SHARED
-            branch[pair, last:second] = CHOSEN
-            branch[pair, second:] = REJECTED
+            packed_row = packed_rows[pair]
+            first = first_places[pair]
+            last = first + prompt - 1  # the place of the token that comes twice
+            second = first + prompt + chosen  # where it comes again
+            row[packed_row, first:second] = pair
+            column[packed_row, first:second] = torch.arange(second - first)
+            branch[packed_row, first:last] = SHARED
+            branch[packed_row, last:second] = CHOSEN
+            # To the end of the row: what no other pair takes is padding, which is what follows the
+            # rejected answer in TRL's row.
+            row[packed_row, second:] = pairs + pair
+            column[packed_row, second:] = torch.arange(prompt - 1, prompt - 1 + longest - second)
+            branch[packed_row, second:] = REJECTED
 
         self.place = torch.arange(longest, device=device)
         self.row = row.to(device)
         # Where TRL's row is too short for the padding, its last token is repeated.
         self.column = column.clamp(max=labels.shape[1] - 1).to(device)
         self.branch = branch.to(device)
+        self.pair = self.row % pairs
 
         self.scored = labels[:, 1:] != -100  # TRL's place for what is predicted from each token
         self.targets = labels[:, 1:][self.scored][None]
-        # Packing moves a rejected answer to the right: by the chosen answer and the repeated token.
-        moved = [0] * pairs + [chosen + 1 for chosen in chosen_answers]
+        # Packing moves an answer to the right by what comes before its pair. A rejected answer also
+        # moves by the chosen answer and the repeated token.
+        moved = list(first_places)
+        for first, (_, chosen, _) in zip(first_places, lengths, strict=True):
+            moved.append(first + chosen + 1)
         scored_row, scored_column = self.scored.nonzero(as_tuple=True)
-        self.pair = scored_row % pairs
+        self.predicted_in = torch.tensor(packed_rows * 2, device=device)[scored_row]
         self.predicted_at = scored_column + torch.tensor(moved, device=device)[scored_row]
 
     def pack(self, rows):
-        """Return `rows` (…, 2n, T) as packed rows (…, n, L).
+        """Return `rows` (…, 2n, T) as packed rows (…, R, L).
 
         Positions packed like this continue the prompt in both branches.
         """
         return rows[..., self.row, self.column]
 
     def mask(self, attention, dtype, token_type_ids=None):
-        """Return which place sees which, (n, 1, L, L): causal, and no answer sees the other.
+        """Return which place sees which, (R, 1, L, L): causal, and no answer sees another one.
 
         True and False for sdpa; for eager `attention`, 0 and the lowest number of `dtype`.
         `token_type_ids`: packed rows, for Gemma 3. There a token of an image also sees the image's
@@ -163,6 +259,7 @@ class PackedPairs:
             image = torch.where(is_image, (~is_image).cumsum(1), -1)
             is_same_image = image[:, None] == image[:, :, None]
             sees = sees | (is_same_image & is_image[:, :, None])
+        sees = sees & (self.pair[:, None] == self.pair[:, :, None])
         # Padding needs no mask: it comes last, and nothing before it sees it.
         sees = sees[:, None]
         if attention == "sdpa":
@@ -175,7 +272,8 @@ class PackedPairs:
 
         What is left has the shape (1, answer tokens, width).
         """
-        output.last_hidden_state = output.last_hidden_state[self.pair, self.predicted_at][None]
+        predicting = output.last_hidden_state[self.predicted_in, self.predicted_at]
+        output.last_hidden_state = predicting[None]
         return output
 
     def unpack(self, outputs):
@@ -309,7 +407,8 @@ class SharedPrefixDPOTrainer(DPOTrainer):
                     "SharedPrefixDPOTrainer makes its own batches of images: "
                     "leave data_collator out, or use DPOTrainer"
                 )
-            self.data_collator = partial(collate_pairs, self.data_collator)
+            self.collate = partial(collate_pairs, self.data_collator)
+            self.data_collator = partial(collate_balanced, self.collate)
         reason = why_not_packed(self.model, self.args)
         if reason is None and self.ref_model is not None:
             reason = why_not_packed(self.ref_model, self.args)
@@ -359,7 +458,9 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             images = batch.keys() - TEXT_TENSORS
             return model(labels=labels, **twice(batch, images))
 
-        pairs = PackedPairs(batch["attention_mask"], labels, lengths)
+        tokens = [packed_length(*pair) for pair in pair_lengths(*lengths)]
+        counts = pairs_in_rows(tokens, config.hidden_size)
+        pairs = PackedPairs(batch["attention_mask"], labels, counts, lengths)
         packed = dict(batch)
         for name in TEXT_TENSORS:
             if name in batch:

@@ -44,6 +44,22 @@ def make(processor, tmp_path):
     return partial(make_trainer, processor, tmp_path)
 
 
+ONE_PAIR_A_ROW = "one pair a row"
+ONE_ROW = "all pairs in one row"
+
+
+@pytest.fixture(params=[ONE_PAIR_A_ROW, ONE_ROW])
+def sharing(request, monkeypatch):
+    """How many pairs share a row, whatever would compute least."""
+
+    def pairs_in_rows(lengths, _width):
+        return [len(lengths)] if request.param == ONE_ROW else [1] * len(lengths)
+
+    monkeypatch.setattr(shared_prefix, "pairs_in_rows", pairs_in_rows)
+    return request.param
+
+
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_are_equal_to_the_last_bit_with_a_float64_body(family, make):
     stock, ours = (make(kind, tiny_model(family)) for kind in BOTH)
@@ -56,12 +72,14 @@ def test_log_probabilities_are_equal_to_the_last_bit_with_a_float64_body(family,
     assert expected.min() < -5
 
 
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_the_same_in_every_family(family, make):
     stock, ours = (make(kind, tiny_model(family)) for kind in BOTH)
     assert_same_step(stock, ours, tiny_batch(tiny_model(family), PAIRS))
 
 
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_the_same_in_hard_cases(family, case, make):
@@ -73,6 +91,7 @@ def test_a_step_is_the_same_in_hard_cases(family, case, make):
     assert assert_same_step(stock, ours, batches)["loss"] == 0
 
 
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_a_step_on_mixed_rows_is_the_same_in_every_family(name, tmp_path):
     """With the family's own processor and collator, which no row without an image may upset."""
@@ -148,6 +167,7 @@ def test_a_step_is_the_same_with_an_adapter_everywhere(family, make):
     assert_same_step(stock, ours, tiny_batch(tiny_model(family), PAIRS))
 
 
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl", "gemma3"])
 def test_a_step_is_the_same_with_eager_attention(family, make):
     stock, ours = (make(kind, tiny_model(family, attention="eager")) for kind in BOTH)
@@ -327,10 +347,10 @@ def first_of(branch, value):
 def first_rejected_token_predicted_by_the_chosen_answer(monkeypatch, _trainer):
     right = PackedPairs.__init__
 
-    def init(pairs, attention_mask, labels, lengths):
-        right(pairs, attention_mask, labels, lengths)
+    def init(pairs, *arguments):
+        right(pairs, *arguments)
         is_repeated_token = first_of(pairs.branch, shared_prefix.REJECTED)
-        pairs.predicted_at -= is_repeated_token[pairs.pair, pairs.predicted_at].int()
+        pairs.predicted_at -= is_repeated_token[pairs.predicted_in, pairs.predicted_at].int()
 
     monkeypatch.setattr(PackedPairs, "__init__", init)
 

@@ -42,12 +42,12 @@ def make(processor, tmp_path):
 
 def test_a_step_is_the_same_in_4_bit(make, rows):
     stock, ours = (make(kind, rows, gradient_checkpointing=True) for kind in BOTH)
-    batches = []
-    for trainer in (stock, ours):
-        batches.append(trainer.data_collator([dict(row) for row in rows.select(range(4))]))
+    some = list(rows.select(range(4)))
+    batches = [stock.data_collator([dict(row) for row in some]), ours.collate(some)]
     assert any(isinstance(module, bnb.nn.Linear4bit) for module in ours.model.modules())
     assert assert_same_batch(*batches) == 4
     assert_same_step(stock, ours, batches)
+    assert_same_step(stock, ours, [batches[0], ours.data_collator(some)])  # in another order
 
 
 def test_text_without_images_is_packed_too(make, rows):

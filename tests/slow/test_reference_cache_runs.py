@@ -63,7 +63,7 @@ def test_a_run_with_cached_reference_is_the_same_and_runs_no_reference(
 
 def test_the_values_are_those_of_the_reference(make, rows, tmp_path):
     trainer = make(rows)
-    batch = trainer.data_collator(list(rows.select(range(5))))
+    batch = trainer.collate(list(rows.select(range(5))))
     expected = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), dim=1)
     use_reference_cache(trainer, tmp_path)
     cached = torch.stack([trainer.train_dataset[number][1] for number in range(5)])
@@ -97,7 +97,6 @@ def test_the_key_changes_with_model_data_processor_and_settings_but_not_with_the
 
 def test_a_damaged_file_can_be_deleted_and_is_computed_again(make, rows, tmp_path):
     trainer = make(rows)
-    trainer.data_collator(list(rows.select(range(2))))  # the key depends on the last padding
     path = use_reference_cache(trainer, tmp_path / "cache")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"{path.name} is damaged"):
@@ -108,9 +107,8 @@ def test_a_damaged_file_can_be_deleted_and_is_computed_again(make, rows, tmp_pat
 
 def test_a_second_run_reads_what_the_first_computed(make, rows, tmp_path, monkeypatch):
     trainer = make(rows)
-    # The key depends on how the tokenizer padded last: both runs begin after a batch.
-    trainer.data_collator(list(rows.select(range(2))))
     first = use_reference_cache(trainer, tmp_path / "cache")
+    trainer.data_collator(list(rows.select(range(2))))  # how the tokenizer padded last
     monkeypatch.setattr(
         SharedPrefixDPOTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again")
     )
