@@ -2,12 +2,15 @@
 
 from itertools import compress
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.shared_prefix import PackedPairs, balanced_order, pairs_in_rows
+from utils import shared_prefix
+from utils.packed_rows import groups_in_rows
+from utils.shared_prefix import PackedPairs, balanced_order
 
 # Lengths of a prompt and its two answers.
 LENGTHS = st.tuples(st.integers(1, 8), st.integers(0, 6), st.integers(0, 6))
@@ -31,6 +34,12 @@ def counts_of(pairs, breaks):
         else:
             counts[-1] += 1
     return counts
+
+
+def packed(attention, labels, counts):
+    """Return the pairs, `counts` of them in each row."""
+    with mock.patch.object(shared_prefix, "groups_in_rows", lambda *_: counts):
+        return PackedPairs(attention, labels, width=1)
 
 
 def trl_rows(pairs, padding):
@@ -58,8 +67,8 @@ def trl_rows(pairs, padding):
 def test_every_token_sees_its_own_row_up_to_itself_and_nothing_else(pairs, breaks, padding):
     rows, ids, attention, labels = trl_rows(pairs, padding)
     counts = counts_of(pairs, breaks)
-    packing = PackedPairs(attention, labels, counts)
-    packed = packing.pack(ids).tolist()
+    packing = packed(attention, labels, counts)
+    tokens_in_rows = packing.pack(ids).tolist()
     positions = packing.pack(torch.arange(ids.shape[1]).expand_as(ids)).tolist()
     masks = packing.mask("sdpa", torch.float32)[:, 0]
     assert torch.equal(packing.mask("eager", torch.float32)[:, 0] == 0, masks)
@@ -71,12 +80,12 @@ def test_every_token_sees_its_own_row_up_to_itself_and_nothing_else(pairs, break
             prompt, chosen = rows[number]
             _, rejected = rows[number + len(pairs)]
             tokens = prompt + chosen + prompt[-1:] + rejected
-            assert packed[packed_row][first : first + len(tokens)] == tokens
+            assert tokens_in_rows[packed_row][first : first + len(tokens)] == tokens
             for place, token in enumerate(tokens):
                 whole = prompt + (chosen if place < len(prompt + chosen) else rejected)
                 position = whole.index(token)
                 assert positions[packed_row][first + place] == position
-                seen = list(compress(packed[packed_row], masks[packed_row][first + place]))
+                seen = list(compress(tokens_in_rows[packed_row], masks[packed_row][first + place]))
                 assert seen == whole[: position + 1]
             first += len(tokens)
             number += 1
@@ -85,7 +94,7 @@ def test_every_token_sees_its_own_row_up_to_itself_and_nothing_else(pairs, break
 @given(LAYOUTS, BREAKS, st.integers(0, 3))
 def test_every_token_of_an_answer_is_scored_once_by_the_token_before_it(pairs, breaks, padding):
     _, ids, attention, labels = trl_rows(pairs, padding)
-    packing = PackedPairs(attention, labels, counts_of(pairs, breaks))
+    packing = packed(attention, labels, counts_of(pairs, breaks))
     output = SimpleNamespace(last_hidden_state=packing.pack(ids)[..., None])
     found = packing.keep_predictions(None, None, output).last_hidden_state[..., 0]
     unpacked = packing.unpack({"seen": found, "target": packing.targets, "loss": torch.tensor(1.0)})
@@ -97,8 +106,8 @@ def test_every_token_of_an_answer_is_scored_once_by_the_token_before_it(pairs, b
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=12), st.integers(1, 400))
-def test_rows_hold_all_pairs_in_order_and_cost_no_more_than_one_pair_a_row(lengths, width):
-    counts = pairs_in_rows(lengths, width)
+def test_rows_hold_all_groups_in_order_and_cost_no_more_than_one_group_a_row(lengths, width):
+    counts = groups_in_rows(lengths, width)
     assert sum(counts) == len(lengths) and min(counts) >= 1
 
     def multiplications(counts):

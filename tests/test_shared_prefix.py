@@ -25,7 +25,7 @@ from tiny_models import Pair, tiny_batch, tiny_model
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from utils import chat, preferences, shared_prefix
+from utils import chat, packed_rows, preferences, shared_prefix
 from utils.shared_prefix import PackedPairs, SharedPrefixDPOTrainer
 
 PAIRS = [Pair(7, 1, 5, 9), Pair(3, 2, 1, 20), Pair(12, 1, 13, 3)]
@@ -88,7 +88,7 @@ def test_the_mask_of_two_pairs_in_a_row_by_hand():
     """[p p | c | p r | p | c | p r]: prompts of two tokens and of one, answers of one."""
     labels = torch.tensor([[-100, -100, 4], [-100, 5, -100], [-100, -100, 6], [-100, 7, -100]])
     attention_mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]])
-    pairs = PackedPairs(attention_mask, labels, counts=[2])
+    pairs = PackedPairs(attention_mask, labels, width=1000)  # attention costs next to nothing
     places = torch.arange(3).expand(4, 3)
     assert pairs.pack(places).tolist() == [[0, 1, 2, 1, 2, 0, 1, 0, 1]]
     assert pairs.row.tolist() == [[0, 0, 0, 2, 2, 1, 1, 3, 3]]
@@ -147,7 +147,13 @@ def test_the_device_is_asked_for_lengths_once_a_forward(make, monkeypatch):
 def test_the_comparison_finds_a_rejected_answer_that_sees_the_chosen_one(make, monkeypatch):
     stock, ours = (make(kind, tiny_model("llava")) for kind in BOTH)
     batches = tiny_batch(tiny_model("llava"), PAIRS)
-    monkeypatch.setattr(shared_prefix, "CHOSEN", shared_prefix.SHARED)
+    right = PackedPairs.__init__
+
+    def chosen_is_shared(pairs, *arguments):
+        right(pairs, *arguments)
+        pairs.branch[pairs.branch == 1] = packed_rows.SHARED
+
+    monkeypatch.setattr(PackedPairs, "__init__", chosen_is_shared)
     with pytest.raises(AssertionError):
         assert_same_step(stock, ours, batches)
 
@@ -155,15 +161,15 @@ def test_the_comparison_finds_a_rejected_answer_that_sees_the_chosen_one(make, m
 def test_the_comparison_finds_a_pair_that_sees_the_pair_before_it(make, monkeypatch):
     stock, ours = (make(kind, tiny_model("llava")) for kind in BOTH)
     batches = tiny_batch(tiny_model("llava"), PAIRS)
-    monkeypatch.setattr(shared_prefix, "pairs_in_rows", lambda lengths, width: [len(lengths)])
+    monkeypatch.setattr(shared_prefix, "groups_in_rows", lambda lengths, _: [len(lengths)])
     assert_same_step(stock, ours, batches)
     right = PackedPairs.__init__
 
-    def one_pair(pairs, *arguments):
+    def one_group(pairs, *arguments):
         right(pairs, *arguments)
-        pairs.pair = torch.zeros_like(pairs.pair)
+        pairs.group = torch.zeros_like(pairs.group)
 
-    monkeypatch.setattr(PackedPairs, "__init__", one_pair)
+    monkeypatch.setattr(PackedPairs, "__init__", one_group)
     with pytest.raises(AssertionError):
         assert_same_step(stock, ours, batches)
 

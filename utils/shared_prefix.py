@@ -6,7 +6,7 @@ with the same images and the same question, through the policy and through the r
   * a vision tower that nobody trains encodes it once, without gradient, for both answers and for
     policy and reference;
   * the prompt goes through the language model once per forward, and several pairs share a row so
-    that less of it is padding: `PackedPairs` draws the row.
+    that less of it is padding: `PackedRows` draws the row.
 """
 
 import warnings
@@ -20,15 +20,11 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from utils.families import PACKED_DECODERS, PACKED_FAMILIES
+from utils.packed_rows import PackedRows, group_lengths, groups_in_rows
 
 # The batch's tensors with one row per answer. All others belong to images.
 TEXT_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 TWO_ROWS = "the answers of a pair run as two rows, as in DPOTrainer, with the same loss"
-
-# Which answers see a token of a packed row.
-SHARED = 0
-CHOSEN = 1
-REJECTED = 2
 
 
 def twice(batch, names):
@@ -106,166 +102,35 @@ def row_lengths(attention_mask, labels):
     return prompts, answers
 
 
-def pair_lengths(prompts, answers):
-    """Return (prompt, chosen, rejected) of each pair, from what `row_lengths` returns."""
-    pairs = len(prompts) // 2
-    return list(zip(prompts[:pairs], answers[:pairs], answers[pairs:], strict=True))
+class PackedPairs(PackedRows):
+    """Packed rows of the pairs in TRL's rows (2n, T), and where their answers are predicted.
 
-
-def packed_length(prompt, chosen, rejected):
-    """Return how many tokens a pair takes: its prompt's last token comes twice."""
-    return prompt + chosen + 1 + rejected
-
-
-def fill_rows(lengths, capacity):
-    """Return how many pairs share each row when pairs of these `lengths` fill rows in order.
-
-    A row holds at most `capacity` tokens, which must be enough for each of the pairs.
-    """
-    counts = [0]
-    free = capacity
-    for length in lengths:
-        if length > free:
-            counts.append(0)
-            free = capacity
-        counts[-1] += 1
-        free -= length
-    return counts
-
-
-def pairs_in_rows(lengths, width):
-    """Return how many pairs share each row so that a forward pass computes least.
-
-    `lengths`: tokens of each pair, in the order in which they fill the rows. `width`: hidden size
-    of the language model. With fewer rows there is less padding, but attention grows: of a row of
-    L tokens the matrices compute about L · 6 · `width` multiplications where attention has L · L.
-    """
-    fewest = None
-    best = None
-    for rows in range(1, len(lengths) + 1):
-        # The smallest capacity with which the pairs fit into so many rows, by halving.
-        low = max(lengths)
-        high = sum(lengths)
-        while low < high:
-            middle = (low + high) // 2
-            if len(fill_rows(lengths, middle)) <= rows:
-                high = middle
-            else:
-                low = middle + 1
-        counts = fill_rows(lengths, low)
-        multiplications = len(counts) * low * (6 * width + low)
-        if fewest is None or multiplications < fewest:
-            fewest = multiplications
-            best = counts
-    return best
-
-
-class PackedPairs:
-    """Map the tokens of TRL's rows (2n, T) to packed rows (R, L) of one or more pairs.
-
-    A prompt of three tokens with answers of two becomes a row of eight, here padded to ten:
-
-        place    0   1   2   3   4   5   6   7   8   9
-        token    p0  p1  p2  c0  c1  p2  r0  r1  .   .
-        row      0   0   0   0   0   1   1   1   1   1     TRL's row of the token
-        column   0   1   2   3   4   2   3   4   5   6     its place in that row
-        branch   0   0   1   1   1   2   2   2   2   2     who sees it
-
-    The last prompt token, p2, comes twice because it predicts two tokens, c0 and r0. Both answers
-    see a token of branch 0, only the chosen one sees branch 1, only the rejected one branch 2.
-    Another pair may follow in the same row. No token sees one of another pair.
+    The two rows of a pair share the prompt without its last token, which predicts the first token
+    of both answers. `PackedRows` draws a pair.
 
     `attention_mask` and `labels` are TRL's, (2n, T): padded on the right, -100 outside the answers,
-    the prompt of row i again in row n + i. Every prompt must have at least one token. `counts`
-    says how many pairs share each packed row; None is one. `lengths` is what `row_lengths`
-    returns, where that is known already.
+    the prompt of row i again in row n + i. Every prompt must have at least one token. `width` is
+    the language model's hidden size: pairs share rows where that saves operations, and without it
+    each has its own. `lengths` is what `row_lengths` returns, where that is known already.
     """
 
-    def __init__(self, attention_mask, labels, counts=None, lengths=None):
+    def __init__(self, attention_mask, labels, width=None, lengths=None):
         pairs = len(labels) // 2
         device = labels.device
-        counts = counts or [1] * pairs
-        lengths = pair_lengths(*(lengths or row_lengths(attention_mask, labels)))
-
-        packed_rows = []  # of each pair
-        first_places = []
-        longest = 0
-        for packed_row, count in enumerate(counts):
-            place = 0
-            for _ in range(count):
-                length = packed_length(*lengths[len(packed_rows)])
-                packed_rows.append(packed_row)
-                first_places.append(place)
-                place += length
-            longest = max(longest, place)
-
-        row = torch.empty(len(counts), longest, dtype=torch.long)
-        column = torch.empty(len(counts), longest, dtype=torch.long)
-        branch = torch.empty(len(counts), longest, dtype=torch.long)
-        for pair, (prompt, chosen, _) in enumerate(lengths):
-            packed_row = packed_rows[pair]
-            first = first_places[pair]
-            last = first + prompt - 1  # the place of the token that comes twice
-            second = first + prompt + chosen  # where it comes again
-            row[packed_row, first:second] = pair
-            column[packed_row, first:second] = torch.arange(second - first)
-            branch[packed_row, first:last] = SHARED
-            branch[packed_row, last:second] = CHOSEN
-            # To the end of the row: what no other pair takes is padding, which is what follows the
-            # rejected answer in TRL's row.
-            row[packed_row, second:] = pairs + pair
-            column[packed_row, second:] = torch.arange(prompt - 1, prompt - 1 + longest - second)
-            branch[packed_row, second:] = REJECTED
-
-        self.place = torch.arange(longest, device=device)
-        self.row = row.to(device)
-        # Where TRL's row is too short for the padding, its last token is repeated.
-        self.column = column.clamp(max=labels.shape[1] - 1).to(device)
-        self.branch = branch.to(device)
-        self.pair = self.row % pairs
+        prompts, answers = lengths or row_lengths(attention_mask, labels)
+        tokens = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        groups = [(pair, pairs + pair) for pair in range(pairs)]
+        shared = [prompt - 1 for prompt in prompts[:pairs]]
+        counts = [1] * pairs
+        if width:
+            counts = groups_in_rows(group_lengths(groups, shared, tokens), width)
+        super().__init__(groups, shared, tokens, counts, labels.shape[1], device)
 
         self.scored = labels[:, 1:] != -100  # TRL's place for what is predicted from each token
         self.targets = labels[:, 1:][self.scored][None]
-        # Packing moves an answer to the right by what comes before its pair. A rejected answer also
-        # moves by the chosen answer and the repeated token.
-        moved = list(first_places)
-        for first, (_, chosen, _) in zip(first_places, lengths, strict=True):
-            moved.append(first + chosen + 1)
         scored_row, scored_column = self.scored.nonzero(as_tuple=True)
-        self.predicted_in = torch.tensor(packed_rows * 2, device=device)[scored_row]
-        self.predicted_at = scored_column + torch.tensor(moved, device=device)[scored_row]
-
-    def pack(self, rows):
-        """Return `rows` (…, 2n, T) as packed rows (…, R, L).
-
-        Positions packed like this continue the prompt in both branches.
-        """
-        return rows[..., self.row, self.column]
-
-    def mask(self, attention, dtype, token_type_ids=None):
-        """Return which place sees which, (R, 1, L, L): causal, and no answer sees another one.
-
-        True and False for sdpa; for eager `attention`, 0 and the lowest number of `dtype`.
-        `token_type_ids`: packed rows, for Gemma 3. There a token of an image also sees the image's
-        later tokens.
-        """
-        is_earlier = self.place <= self.place[:, None]
-        is_shared = self.branch[:, None] == SHARED
-        is_same_branch = self.branch[:, None] == self.branch[:, :, None]
-        sees = is_earlier & (is_shared | is_same_branch)
-        if token_type_ids is not None:
-            is_image = token_type_ids == 1
-            # The number of text tokens before an image tells it from the next image.
-            image = torch.where(is_image, (~is_image).cumsum(1), -1)
-            is_same_image = image[:, None] == image[:, :, None]
-            sees = sees | (is_same_image & is_image[:, :, None])
-        sees = sees & (self.pair[:, None] == self.pair[:, :, None])
-        # Padding needs no mask: it comes last, and nothing before it sees it.
-        sees = sees[:, None]
-        if attention == "sdpa":
-            return sees
-        added_to_scores = torch.zeros_like(sees, dtype=dtype)
-        return added_to_scores.masked_fill(~sees, torch.finfo(dtype).min)
+        self.predicted_in = self.packed_in[scored_row]
+        self.predicted_at = scored_column + self.moved[scored_row]
 
     def keep_predictions(self, _backbone, _inputs, output):
         """Drop the hidden states that predict no token of an answer: a hook ahead of the LM head.
@@ -458,9 +323,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             images = batch.keys() - TEXT_TENSORS
             return model(labels=labels, **twice(batch, images))
 
-        tokens = [packed_length(*pair) for pair in pair_lengths(*lengths)]
-        counts = pairs_in_rows(tokens, config.hidden_size)
-        pairs = PackedPairs(batch["attention_mask"], labels, counts, lengths)
+        pairs = PackedPairs(batch["attention_mask"], labels, config.hidden_size, lengths)
         packed = dict(batch)
         for name in TEXT_TENSORS:
             if name in batch:

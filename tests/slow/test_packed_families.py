@@ -44,6 +44,8 @@ def make(processor, tmp_path):
     return partial(make_trainer, processor, tmp_path)
 
 
+CHOSEN = 1  # the branches of a packed row
+REJECTED = 2
 ONE_PAIR_A_ROW = "one pair a row"
 ONE_ROW = "all pairs in one row"
 
@@ -52,10 +54,10 @@ ONE_ROW = "all pairs in one row"
 def sharing(request, monkeypatch):
     """How many pairs share a row, whatever would compute least."""
 
-    def pairs_in_rows(lengths, _width):
+    def groups_in_rows(lengths, _width):
         return [len(lengths)] if request.param == ONE_ROW else [1] * len(lengths)
 
-    monkeypatch.setattr(shared_prefix, "pairs_in_rows", pairs_in_rows)
+    monkeypatch.setattr(shared_prefix, "groups_in_rows", groups_in_rows)
     return request.param
 
 
@@ -349,14 +351,14 @@ def first_rejected_token_predicted_by_the_chosen_answer(monkeypatch, _trainer):
 
     def init(pairs, *arguments):
         right(pairs, *arguments)
-        is_repeated_token = first_of(pairs.branch, shared_prefix.REJECTED)
+        is_repeated_token = first_of(pairs.branch, REJECTED)
         pairs.predicted_at -= is_repeated_token[pairs.predicted_in, pairs.predicted_at].int()
 
     monkeypatch.setattr(PackedPairs, "__init__", init)
 
 
 def chosen_token_counts_twice(branch):
-    return branch * ~first_of(branch, shared_prefix.CHOSEN)
+    return branch * ~first_of(branch, CHOSEN)
 
 
 MISTAKES = {
