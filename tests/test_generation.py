@@ -1,5 +1,4 @@
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +10,11 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from embedded.scenes import existence_question
-from utils import generation, models
+from utils import generation, judging, models
 from utils.chat import inference_batch
 from utils.settings import PROFILES, locate
 
 SETTINGS = PROFILES["embedded"]
-SPELLINGS = [" Yes", " yes", " No", " no"]
 
 
 def drawn(split):
@@ -27,57 +25,6 @@ def drawn(split):
 @pytest.fixture(scope="module")
 def model():
     return models.load_model(SETTINGS)
-
-
-def test_yes_and_no_are_read_where_the_embedded_model_says_them(processor):
-    lead, yes, no = generation.answer_tokens(processor)
-    decode = processor.tokenizer.decode
-    assert decode(lead) == " "
-    assert [decode(token) for token in yes] == ["Yes"]
-    assert [decode(token) for token in no] == ["No"]
-
-
-def fake_processor(words, before="Assistant:"):
-    """A template that ends with `before`, and a tokenizer with one token per word."""
-
-    def template(messages, add_generation_prompt=False, tokenize=False):
-        answers = ""
-        for message in messages:
-            if message["role"] == "assistant":
-                answers += " " + message["content"][0]["text"]
-        return "Assistant:" + answers if answers else before
-
-    def tokenizer(text, add_special_tokens):
-        rest = text.removeprefix("Assistant:")
-        if rest == text:
-            return {"input_ids": [99]}
-        if not rest:
-            return {"input_ids": [0]}
-        return {"input_ids": [0, words.index(rest) + 1]}
-
-    return SimpleNamespace(apply_chat_template=template, tokenizer=tokenizer)
-
-
-def test_all_spellings_of_yes_and_no_count_that_are_one_token():
-    assert generation.answer_tokens(fake_processor(SPELLINGS)) == ([], [1, 2], [3, 4])
-
-
-def test_a_template_that_changes_the_prompt_is_refused():
-    with pytest.raises(ValueError, match="Assistant thinks:"):
-        generation.answer_tokens(fake_processor(SPELLINGS, before="Assistant thinks:"))
-
-
-def test_probabilities_do_not_depend_on_the_batch(model, processor):
-    scenes = drawn("test[:4]")
-    images = list(scenes["image"])
-    questions = [existence_question(category) for category in ("cup", "umbrella", "car", "kite")]
-    together = generation.yes_and_no(SETTINGS, model, processor, images, questions)
-    alone = []
-    for image, question in zip(images, questions, strict=True):
-        alone.append(generation.yes_and_no(SETTINGS, model, processor, [image], [question])[0])
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert ((together > 0) & (together < 1)).all()
-    assert (together.sum(1) > 0.9).all()
 
 
 def test_each_image_needs_a_question(model, processor):
@@ -217,7 +164,7 @@ def test_a_model_that_computes_no_numbers_is_noticed(model, processor, monkeypat
     with pytest.raises(ValueError, match=r"torch\.bfloat16 or torch\.float32"):
         generation.answer(SETTINGS, model, processor, images, ["What?"], samples=samples)
     with pytest.raises(ValueError, match=r"torch\.bfloat16 or torch\.float32"):
-        generation.yes_and_no(SETTINGS, model, processor, images, ["What?"])
+        judging.yes_and_no(SETTINGS, model, processor, images, ["What?"])
 
 
 def test_a_batch_of_nothing_but_one_character_is_noticed():
@@ -226,33 +173,6 @@ def test_a_batch_of_nothing_but_one_character_is_noticed():
     generation.refuse_noise(["!!!!!!", "A cup."])
     generation.refuse_noise(["", "", ""])
     generation.refuse_noise(["0000000"])
-
-
-def test_an_image_is_processed_once_for_all_questions_about_it(model, processor, monkeypatch):
-    """Even in several batches, and with images of two sizes that take turns."""
-    scenes = drawn("test[:2]")
-    first, second = scenes["image"]
-    large = first.resize((144, 144))
-    images = [first, second, large] * 3
-    questions = [existence_question(category) for category in ("cup", "car", "kite")]
-    asked = [question for question in questions for _ in range(3)]
-    settings = replace(SETTINGS, generation_batch_size=2)
-    expected = []
-    for image, question in zip(images, asked, strict=True):
-        expected.append(generation.yes_and_no(SETTINGS, model, processor, [image], [question])[0])
-
-    sizes = []
-    kind = type(processor.image_processor)
-    process = kind.preprocess
-
-    def counted(self, images, *arguments, **options):
-        sizes.append([image.size for [image] in images])
-        return process(self, images, *arguments, **options)
-
-    monkeypatch.setattr(kind, "preprocess", counted)
-    found = generation.yes_and_no(settings, model, processor, images, asked)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert sorted(sizes) == sorted([[first.size], [second.size], [large.size]])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -270,16 +190,6 @@ def test_sharing_an_image_changes_no_number_of_a_family_s_batch(name):
         assert torch.equal(plain[key], shared[key]), key
     again = inference_batch(images, questions, family_processor)  # the processor is as before
     assert torch.equal(plain["pixel_values"], again["pixel_values"])
-
-
-def test_batches_hold_images_of_one_size_and_keep_their_order():
-    small, large = Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))
-    other = small.copy()
-    images = [small, large, other, small, other, large, small]
-    batches = generation.one_size_batches(images, 2)
-    assert batches == [[0, 3], [6, 2], [4], [1, 5]]
-    assert generation.one_size_batches([small] * 3 + [other] * 2, 5) == [[0, 1, 2, 3, 4]]
-    assert generation.one_size_batches([], 5) == []
 
 
 def test_a_model_that_fails_is_left_as_it_was(model, processor, monkeypatch):

@@ -1,4 +1,4 @@
-"""Answers from a model in batches: generated texts, and the probabilities of yes and no."""
+"""Answers that a model generates, in batches."""
 
 import itertools
 from contextlib import contextmanager
@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from utils.chat import answer_messages, inference_batch, prompt_messages
-from utils.images import upright_rgb
+from utils.chat import inference_batch
 from utils.models import answering
 from utils.progress import progress
 from utils.settings import digest
@@ -164,80 +163,6 @@ def refuse_noise(texts):
     )
 
 
-def yes_and_no(settings, model, processor, images, questions):
-    """Return p(yes) and p(no) for each question, an array (questions, 2).
-
-    They come from the softmax over the first token of the answer. An image that occurs several
-    times in `images`, as the same object, is processed once. Raises ValueError when the numbers of
-    images and questions differ, and when the model computes no numbers.
-    """
-    if len(images) != len(questions):
-        raise ValueError(
-            f"{len(images)} images but {len(questions)} questions: give one question per image"
-        )
-    lead, yes, no = answer_tokens(processor)
-    images = upright_once(images)
-    found = np.zeros((len(images), 2), dtype=np.float32)
-    batches = one_size_batches(images, settings.generation_batch_size)
-    with answering(model), processed_once(processor):
-        for numbers in progress(batches, "judging"):
-            shown = [images[number] for number in numbers]
-            asked = [questions[number] for number in numbers]
-            batch = inference_batch(shown, asked, processor).to(model.device)
-            ids = batch["input_ids"]
-            mask = batch["attention_mask"]
-            # Let the answer begin as every answer does, so that yes or no comes next.
-            lead_ids = torch.tensor(lead, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-            batch["input_ids"] = torch.cat([ids, lead_ids], dim=1)
-            batch["attention_mask"] = torch.cat([mask, torch.ones_like(lead_ids)], dim=1)
-            options = NEUTRAL | {
-                "max_new_tokens": 1,
-                "pad_token_id": processor.tokenizer.pad_token_id,
-                "logits_processor": [refuse_overflow],
-                "do_sample": False,
-                "top_k": None,
-                "output_logits": True,
-                "return_dict_in_generate": True,
-            }
-            output = model.generate(**batch, **options)
-            probabilities = output.logits[0].float().softmax(-1)
-            p_yes = probabilities[:, yes].sum(1)
-            p_no = probabilities[:, no].sum(1)
-            found[numbers] = torch.stack([p_yes, p_no], dim=1).cpu().numpy()
-    return found
-
-
-def upright_once(images):
-    """Return `images` as `upright_rgb` does; the same object stays the same object."""
-    made = {}
-    for number, image in enumerate(images):
-        if id(image) not in made:
-            made[id(image)] = upright_rgb(image, f"image {number}")
-    return [made[id(image)] for image in images]
-
-
-def one_size_batches(images, size):
-    """Return lists of at most `size` positions in `images`, each position once.
-
-    The images of a list have the same width and height, so that `processed_once` can put their
-    pixels together. The same image comes in a row. Otherwise the order is that of `images`.
-    """
-    first = {}
-    for number, image in enumerate(images):
-        first.setdefault(id(image), number)
-
-    def place(number):
-        image = images[number]
-        return image.size, first[id(image)]
-
-    batches = []
-    for _, run in itertools.groupby(sorted(range(len(images)), key=place), lambda n: place(n)[0]):
-        numbers = list(run)
-        for start in range(0, len(numbers), size):
-            batches.append(numbers[start : start + size])
-    return batches
-
-
 @contextmanager
 def processed_once(processor):
     """Within the block, let `processor` process each image once, however many texts are about it.
@@ -284,39 +209,3 @@ def joined(features):
         else:
             together[name] = list(itertools.chain.from_iterable(values))
     return BatchFeature(together)
-
-
-def answer_tokens(processor):
-    """Return the tokens that begin every answer, the ids that begin a yes, and those of a no.
-
-    All are read from the chat template. With some tokenizers the space after "Assistant:" is a
-    token of its own: it says nothing, so it counts among the tokens that begin every answer.
-    Raises ValueError when the template changes the prompt as soon as an answer follows.
-    """
-    question = prompt_messages("")
-    prompt_text = processor.apply_chat_template(
-        question, add_generation_prompt=True, tokenize=False
-    )
-    prompt = processor.tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-    texts = {}
-    rows = {}
-    for word in ("Yes", "yes", "No", "no"):
-        conversation = question + answer_messages(word)
-        texts[word] = processor.apply_chat_template(conversation, tokenize=False)
-        rows[word] = processor.tokenizer(texts[word], add_special_tokens=False)["input_ids"]
-
-    first = 0  # the first place at which a yes differs from a no
-    while rows["Yes"][first] == rows["No"][first]:
-        first += 1
-    beginning = rows["Yes"][:first]
-    if beginning[: len(prompt)] != prompt:
-        raise ValueError(
-            "the chat template changes the prompt when an answer follows: "
-            f"{prompt_text!r} is not how {texts['Yes']!r} begins"
-        )
-    # A lowercase spelling counts where it, too, is one token after the same beginning.
-    ids = {"yes": set(), "no": set()}
-    for word, row in rows.items():
-        if row[:first] == beginning:
-            ids[word.lower()].add(row[first])
-    return beginning[len(prompt) :], sorted(ids["yes"]), sorted(ids["no"])

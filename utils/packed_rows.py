@@ -2,6 +2,10 @@
 
 import torch
 
+from utils.families import PACKED_DECODERS, PACKED_FAMILIES
+
+# The tensors of a batch with one row per text. All others belong to images.
+TEXT_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 SHARED = 0  # the branch of tokens that all texts of a group see
 
 
@@ -150,3 +154,48 @@ def group_lengths(groups, shared, lengths):
     for members, count in zip(groups, shared, strict=True):
         tokens.append(count + sum(lengths[member] - count for member in members))
     return tokens
+
+
+def why_not_shared(config):
+    """Return why texts that begin alike cannot share a row in a model, None when they can.
+
+    `config`: the model's.
+    """
+    family = config.model_type
+    text = config.get_text_config()
+    attention = text._attn_implementation
+    if family not in PACKED_FAMILIES or text.model_type not in PACKED_DECODERS:
+        return f"{family} with a {text.model_type} decoder was not compared"
+    if getattr(text, "use_bidirectional_attention", False):
+        return "its prompt also sees later tokens"
+    if attention not in ("sdpa", "eager"):
+        return f"{attention} takes no mask (sdpa and eager do)"
+    return None
+
+
+def fits_window(config, longest):
+    """Return whether a text of `longest` tokens is no longer than the sliding window.
+
+    `config`: the language model's. A packed row may be longer: tokens see only their own text.
+    """
+    window = getattr(config, "sliding_window", None)
+    return not window or longest <= window
+
+
+def token_positions(backbone, batch, grids):
+    """Return the positions of the tokens in rows: (N, T), or (3, N, T) for Qwen-VL.
+
+    `batch`: their tensors, padded on the right. `grids`: Qwen's `image_grid_thw` for the images of
+    all rows, None without any image or in another family.
+    """
+    input_ids = batch["input_ids"]
+    if grids is None:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return places.expand_as(input_ids)
+    positions, _ = backbone.get_rope_index(
+        input_ids=input_ids,
+        attention_mask=batch["attention_mask"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        image_grid_thw=grids,
+    )
+    return positions

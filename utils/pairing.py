@@ -13,7 +13,8 @@ from statistics import mean
 
 from datasets import Dataset, concatenate_datasets
 
-from utils.generation import generated, processed_once, yes_and_no
+from utils.generation import generated, processed_once
+from utils.judging import yes_and_no
 from utils.layouts import as_rows
 from utils.preferences import special_tokens
 

@@ -10,20 +10,25 @@ with the same images and the same question, through the policy and through the r
 """
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from utils.families import PACKED_DECODERS, PACKED_FAMILIES
-from utils.packed_rows import PackedRows, group_lengths, groups_in_rows
+from utils.families import PACKED_FAMILIES
+from utils.packed_rows import (
+    TEXT_TENSORS,
+    PackedRows,
+    fits_window,
+    group_lengths,
+    groups_in_rows,
+    token_positions,
+    why_not_shared,
+)
+from utils.vision import backbone_of, encoding_once, has_dropout, vision_is_fixed
 
-# The batch's tensors with one row per answer. All others belong to images.
-TEXT_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 TWO_ROWS = "the answers of a pair run as two rows, as in DPOTrainer, with the same loss"
 
 
@@ -150,75 +155,15 @@ class PackedPairs(PackedRows):
         return outputs
 
 
-def backbone_of(model):
-    """Return what is below adapter and LM head: vision tower, connector and language model."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.base_model
-
-
-def has_dropout(modules):
-    """Return whether one of the `modules` is a dropout layer that is on in training."""
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in modules)
-
-
-def vision_is_fixed(backbone):
-    """Return whether nothing between pixels and language model is trained, adapted or random.
-
-    Policy and reference then see the same image features.
-    """
-    language = set(backbone.get_decoder().modules())
-    modules = [module for module in backbone.modules() if module not in language]
-    for module in modules:
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            return False
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad:
-                return False
-    if has_dropout(modules):
-        return False
-    return not getattr(backbone.config.vision_config, "attention_dropout", 0)
-
-
-@contextmanager
-def encoding_once(backbone):
-    """Make `backbone` encode the same pixels once and without gradient within this context.
-
-    Policy and reference share the features.
-    """
-    encode = backbone.get_image_features
-    last_pixels = None
-    features = None
-
-    @torch.no_grad()
-    def encode_once(pixel_values, *arguments, **options):
-        nonlocal last_pixels, features
-        if last_pixels is None or not torch.equal(last_pixels, pixel_values):
-            features = encode(pixel_values, *arguments, **options)
-            last_pixels = pixel_values
-        return features
-
-    backbone.get_image_features = encode_once
-    try:
-        yield
-    finally:
-        del backbone.get_image_features
-
-
 def why_not_packed(model, args):
     """Return why the answers of a pair cannot share a row in this model, None when they can.
 
     `args`: the trainer's `DPOConfig`.
     """
-    family = model.config.model_type
+    reason = why_not_shared(model.config)
+    if reason:
+        return reason
     text = model.config.get_text_config()
-    attention = text._attn_implementation
-    if family not in PACKED_FAMILIES or text.model_type not in PACKED_DECODERS:
-        return f"{family} with a {text.model_type} decoder was not compared"
-    if getattr(text, "use_bidirectional_attention", False):
-        return "its prompt also sees later tokens"
-    if attention not in ("sdpa", "eager"):
-        return f"{attention} takes no mask (sdpa and eager do)"
     adapters = getattr(model, "peft_config", None) or {}
     for adapter in adapters.values():
         if adapter.peft_type != "LORA" or getattr(adapter, "alora_invocation_tokens", None):
@@ -236,25 +181,7 @@ def can_share_rows(config, prompts, answers):
     `config`: the language model's. `prompts`, `answers`: what `row_lengths` returns.
     """
     longest = max(prompt + answer for prompt, answer in zip(prompts, answers, strict=True))
-    window = getattr(config, "sliding_window", None)
-    if window and longest > window:
-        return False
-    return min(prompts) > 0
-
-
-def token_positions(backbone, batch):
-    """Return the positions of the tokens in TRL's rows: (2n, T), or (3, 2n, T) for Qwen-VL."""
-    input_ids = batch["input_ids"]
-    if "image_grid_thw" not in batch:
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return places.expand_as(input_ids)
-    positions, _ = backbone.get_rope_index(
-        input_ids=input_ids,
-        attention_mask=batch["attention_mask"],
-        mm_token_type_ids=batch["mm_token_type_ids"],
-        image_grid_thw=torch.cat([batch["image_grid_thw"]] * 2),
-    )
-    return positions
+    return min(prompts) > 0 and fits_window(config, longest)
 
 
 class SharedPrefixDPOTrainer(DPOTrainer):
@@ -328,7 +255,10 @@ class SharedPrefixDPOTrainer(DPOTrainer):
         for name in TEXT_TENSORS:
             if name in batch:
                 packed[name] = pairs.pack(batch[name])
-        packed["position_ids"] = pairs.pack(token_positions(backbone, batch))
+        grids = None
+        if "image_grid_thw" in batch:
+            grids = torch.cat([batch["image_grid_thw"]] * 2)
+        packed["position_ids"] = pairs.pack(token_positions(backbone, batch, grids))
         packed["attention_mask"] = pairs.mask(
             config._attn_implementation, backbone.dtype, packed.get("token_type_ids")
         )
