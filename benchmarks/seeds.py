@@ -16,12 +16,14 @@ from utils import chat, evaluation, models, plots, preferences, training
 from utils.settings import PROFILES, ROOT, locate
 
 
-def count_side(settings, model, processor, images, truths, adapter):
-    """Ask the `model` about scenes, with its adapter on or off, and count what it gets wrong."""
+def count_both(settings, model, processor, images, truths):
+    """Ask base and tuned about scenes. Return what each gets wrong, counted."""
     questions = exam.pope_questions(truths)
-    answers = evaluation.ask(settings, model, processor, images, questions, adapter=adapter)
-    counts = evaluation.count(answers, judge.present(truths), claims.mentions)
-    return counts | judge.claim_counts(answers["descriptions"], truths)
+    counts = []
+    for answers in evaluation.ask_both(settings, model, processor, images, questions):
+        of_objects = evaluation.count(answers, judge.present(truths), claims.mentions)
+        counts.append(of_objects | judge.claim_counts(answers["descriptions"], truths))
+    return counts
 
 
 def train_and_evaluate(settings):
@@ -36,9 +38,7 @@ def train_and_evaluate(settings):
     scenes = load_dataset(locate(settings.evaluation_dataset), split=settings.evaluation_split)
     images = list(scenes["image"])
     truths = list(scenes["objects"])
-    base = count_side(settings, trainer.model, processor, images, truths, adapter=False)
-    tuned = count_side(settings, trainer.model, processor, images, truths, adapter=True)
-    result = evaluation.compare(base, tuned)
+    result = evaluation.compare(*count_both(settings, trainer.model, processor, images, truths))
     result["true_words"] = judge.true_words(truths)
     result["training"] = {name: record[name] for name in ("steps", "pairs", "seconds", "final")}
     return result

@@ -156,16 +156,16 @@ def test_kill_counts_what_its_runs_ended_at():
 def test_seeds_counts_every_metric_of_both_sides(monkeypatch):
     """The model is replaced by one that says the same of every scene."""
 
-    def ask(settings, model, processor, images, questions, adapter=True):
+    def ask_both(settings, model, processor, images, questions):
         replies = {kind: ["Yes."] * len(asked) for kind, asked in questions.items()}
-        text = "There is a cup." if adapter else "There is a cup and a kite."
-        return {"descriptions": [text] * len(images), "pope": replies}
+        both = []
+        for text in ("There is a cup and a kite.", "There is a cup."):
+            both.append({"descriptions": [text] * len(images), "pope": replies})
+        return both
 
-    monkeypatch.setattr(evaluation, "ask", ask)
+    monkeypatch.setattr(evaluation, "ask_both", ask_both)
     cup = {"category": "cup", "colour": "red", "size": "small", "column": 0, "row": 0}
     truths = [[cup], [cup]]
-    base = seeds.count_side(None, None, None, [None] * 2, truths, adapter=False)
-    tuned = seeds.count_side(None, None, None, [None] * 2, truths, adapter=True)
-    result = evaluation.compare(base, tuned)
+    result = evaluation.compare(*seeds.count_both(None, None, None, [None] * 2, truths))
     assert list(result["base"]) == list(evaluation.METRICS)
     assert result["base"]["chair_i"] == 0.5 and result["tuned"]["chair_i"] == 0

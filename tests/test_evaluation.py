@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,24 +136,30 @@ def test_values_are_written_in_the_unit_of_their_metric(metric, value, sign, tex
     assert evaluation.format_value(metric, value, sign) == text
 
 
-def test_a_model_is_asked_for_a_description_and_pope_s_questions(monkeypatch):
+def test_base_and_tuned_are_asked_for_descriptions_and_pope_s_questions(monkeypatch):
     asked = []
 
     def answer(settings, model, processor, images, questions, adapter, max_new_tokens=None):
-        asked.append((questions, adapter, max_new_tokens))
+        asked.append((images, questions, adapter, max_new_tokens))
         return [f"{image} {question}" for image, question in zip(images, questions, strict=True)]
 
     monkeypatch.setattr(evaluation, "answer", answer)
+    monkeypatch.setattr(evaluation, "images_encoded_once", lambda model: nullcontext())
     questions = {"present": ["a?", "b?"]}
     for kind in evaluation.POPE_KINDS:
         questions[kind] = [f"{kind} 1?", f"{kind} 2?"]
-    answers = evaluation.ask(SimpleNamespace(), None, None, ["one", "two"], questions, False)
-    assert answers["descriptions"] == [f"one {DESCRIBE}", f"two {DESCRIBE}"]
-    assert answers["pope"]["popular"] == ["one popular 1?", "two popular 2?"]
-    assert list(answers["pope"]) == ["present", *evaluation.POPE_KINDS]
-    assert {adapter for _, adapter, _ in asked} == {False}
+    settings = SimpleNamespace(generation_batch_size=1)
+    both = evaluation.ask_both(settings, None, None, ["one", "two"], questions)
+    for answers in both:
+        assert answers["descriptions"] == [f"one {DESCRIBE}", f"two {DESCRIBE}"]
+        assert answers["pope"]["popular"] == ["one popular 1?", "two popular 2?"]
+        assert list(answers["pope"]) == ["present", *evaluation.POPE_KINDS]
+    # All questions about an image before the next image.
+    assert [images for images, *_ in asked] == [["one"]] * 10 + [["two"]] * 10
+    assert [adapter for *_, adapter, _ in asked] == ([False] * 5 + [True] * 5) * 2
     # A description may be as long as the settings say, a yes or no may not.
-    assert [length for _, _, length in asked] == [None, 16, 16, 16, 16]
+    assert [length for *_, length in asked[:5]] == [None, 16, 16, 16, 16]
+    assert evaluation.ask(settings, None, None, ["one", "two"], questions) == both[1]
 
 
 def test_a_word_that_follows_itself_is_a_stammer():

@@ -25,7 +25,7 @@ from tiny_models import Pair, tiny_batch, tiny_model
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from utils import chat, packed_rows, preferences, shared_prefix
+from utils import chat, packed_rows, preferences, shared_prefix, vision
 from utils.shared_prefix import PackedPairs, SharedPrefixDPOTrainer
 
 PAIRS = [Pair(7, 1, 5, 9), Pair(3, 2, 1, 20), Pair(12, 1, 13, 3)]
@@ -247,9 +247,9 @@ def add_attention_dropout(backbone):
 def test_what_stands_between_pixels_and_language_model_decides_what_is_shared(change):
     backbone = shared_prefix.backbone_of(tiny_model("idefics3"))
     backbone.get_decoder().requires_grad_(True)
-    assert shared_prefix.vision_is_fixed(backbone)
+    assert vision.vision_is_fixed(backbone)
     change(backbone)
-    assert not shared_prefix.vision_is_fixed(backbone)
+    assert not vision.vision_is_fixed(backbone)
 
 
 def test_a_prompt_that_sees_ahead_runs_as_two_rows_and_says_so_once(make):

@@ -14,6 +14,8 @@ import numpy as np
 from utils.generation import DESCRIBE, answer
 from utils.hallucination import chair_counts, pope_counts
 from utils.paired_statistics import paired_difference, rate
+from utils.progress import progress
+from utils.vision import images_encoded_once
 
 POPE_KINDS = ("random", "popular", "adversarial")  # POPE's ways to choose an absent category
 POPE_TOKENS = 16  # an answer to a yes/no question needs no more
@@ -104,27 +106,56 @@ def format_value(metric, value, sign=""):
     return f"{value:{sign}.1f}"
 
 
-def ask(settings, model, processor, images, questions, adapter=True):
-    """Return a model's greedy answers to all evaluation questions about `images`.
+def ask(settings, model, processor, images, questions):
+    """Return the model's greedy answers to all evaluation questions about `images`.
 
     `questions` holds one question per image for every kind: {"present": [...], "random": [...],
-    "popular": [...], "adversarial": [...]}. Without the `adapter` the base model answers.
+    "popular": [...], "adversarial": [...]}.
     """
-    # Descriptions may be as long as the settings say.
-    describe = [DESCRIBE] * len(images)
-    descriptions = answer(settings, model, processor, images, describe, adapter)
-    replies = {}
-    for kind in ("present", *POPE_KINDS):
-        replies[kind] = answer(
-            settings,
-            model,
-            processor,
-            images,
-            questions[kind],
-            adapter,
-            max_new_tokens=POPE_TOKENS,
-        )
-    return {"descriptions": descriptions, "pope": replies}
+    (answers,) = ask_each(settings, model, processor, images, questions, [True])
+    return answers
+
+
+def ask_both(settings, model, processor, images, questions):
+    """Return the answers of base and tuned, each as `ask` returns them.
+
+    They are one `model` with its adapter off and on, and an image is encoded once for both.
+    """
+    return ask_each(settings, model, processor, images, questions, [False, True])
+
+
+def ask_each(settings, model, processor, images, questions, adapters):
+    """Return the answers of `ask` with and without the adapter, as `adapters` says.
+
+    All questions about a batch of images come one after another, so that it is encoded once.
+    """
+    kinds = ("present", *POPE_KINDS)
+    everything = []
+    for _ in adapters:
+        replies = {kind: [] for kind in kinds}
+        everything.append({"descriptions": [], "pope": replies})
+    size = settings.generation_batch_size
+    with images_encoded_once(model):
+        for start in progress(range(0, len(images), size), "asking"):
+            part = slice(start, start + size)
+            shown = images[part]
+            for adapter, answers in zip(adapters, everything, strict=True):
+                # Descriptions may be as long as the settings say.
+                describe = [DESCRIBE] * len(shown)
+                answers["descriptions"] += answer(
+                    settings, model, processor, shown, describe, adapter
+                )
+                for kind in kinds:
+                    answers["pope"][kind] += answer(
+                        settings,
+                        model,
+                        processor,
+                        shown,
+                        questions[kind][part],
+                        adapter,
+                        max_new_tokens=POPE_TOKENS,
+                    )
+    return everything
 
 
 def count_descriptions(texts, present, mentions):

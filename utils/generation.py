@@ -8,9 +8,12 @@ import torch
 from transformers import BatchFeature
 
 from utils.chat import inference_batch
+from utils.families import PACKED_FAMILIES
 from utils.models import answering
+from utils.packed_rows import TEXT_TENSORS
 from utils.progress import progress
 from utils.settings import digest
+from utils.vision import backbone_of
 
 DESCRIBE = "Describe the image."
 
@@ -97,6 +100,7 @@ def generated(
             f"{len(images)} images but {len(questions)} questions: give one question per image"
         )
     size = settings.generation_batch_size
+    shares = model.config.model_type in PACKED_FAMILIES  # where that was compared
     options = NEUTRAL | {
         "max_new_tokens": max_new_tokens or settings.max_new_tokens,
         "pad_token_id": processor.tokenizer.pad_token_id,
@@ -107,7 +111,8 @@ def generated(
     if samples:
         size = max(1, size // samples)  # a batch holds every sample of its images
         options["do_sample"] = True
-        options["num_return_sequences"] = samples
+        if not shares:
+            options["num_return_sequences"] = samples
         options["temperature"] = temperature
         options["top_k"] = 0  # as many as there are
 
@@ -116,6 +121,8 @@ def generated(
         for start in progress(range(0, len(images), size), "answering"):
             part = slice(start, start + size)
             batch = inference_batch(images[part], questions[part], processor).to(model.device)
+            if samples and shares:
+                batch = repeated(model, batch, samples, options)
             tokens = model.generate(**batch, **options)
             new_tokens = tokens[:, batch["input_ids"].shape[1] :]
             texts = processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
@@ -127,6 +134,27 @@ def generated(
     if samples:
         return [answers[start : start + samples] for start in range(0, len(answers), samples)]
     return answers
+
+
+def repeated(model, batch, samples, options):
+    """Return what `generate` needs to continue each row of `batch` `samples` times.
+
+    The rows go through the model once: a cache holds all of their tokens but the last, and so the
+    images. `options` are those of `generate`.
+    """
+    texts = {name: batch[name] for name in TEXT_TENSORS if name in batch}
+    beginnings = {name: rows[:, :-1] for name, rows in texts.items()}
+    once = {"max_new_tokens": 1, "do_sample": False, "top_k": None}
+    once["return_dict_in_generate"] = True
+    computed = model.generate(**{**batch, **beginnings}, **{**options, **once})
+    name = "cache" if "cache" in computed else "past_key_values"  # before transformers 5.24
+    cache = computed[name]
+    cache.batch_repeat_interleave(samples)
+    backbone = backbone_of(model)
+    if getattr(backbone, "rope_deltas", None) is not None:  # Qwen's, of each row
+        backbone.rope_deltas = backbone.rope_deltas.repeat_interleave(samples, dim=0)
+    again = {text: rows.repeat_interleave(samples, dim=0) for text, rows in texts.items()}
+    return again | {name: cache}
 
 
 def has_ended(model, new_tokens):

@@ -10,14 +10,12 @@ with the same images and the same question, through the policy and through the r
 """
 
 import warnings
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from utils.families import PACKED_FAMILIES
 from utils.packed_rows import (
     TEXT_TENSORS,
     PackedRows,
@@ -27,7 +25,7 @@ from utils.packed_rows import (
     token_positions,
     why_not_shared,
 )
-from utils.vision import backbone_of, encoding_once, has_dropout, vision_is_fixed
+from utils.vision import backbone_of, has_dropout, images_encoded_once
 
 TWO_ROWS = "the answers of a pair run as two rows, as in DPOTrainer, with the same loss"
 
@@ -209,13 +207,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             warnings.warn(f"{TWO_ROWS}: {reason}", stacklevel=2)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        backbone = backbone_of(self.model)
-        sharing = nullcontext()
-        if self.model.config.model_type in {*PACKED_FAMILIES, "paligemma"} and vision_is_fixed(
-            backbone
-        ):
-            sharing = encoding_once(backbone)
-        with sharing:
+        with images_encoded_once(self.model):
             if "ref_chosen_logps" not in inputs:
                 chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
                 inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

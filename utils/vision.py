@@ -1,11 +1,15 @@
 """What lies between pixels and language model: whether it is fixed, and how to run it only once."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+
+from utils.families import PACKED_FAMILIES
+
+ENCODED_ONCE = {*PACKED_FAMILIES, "paligemma"}
 
 
 def backbone_of(model):
@@ -62,3 +66,14 @@ def encoding_once(backbone):
         yield
     finally:
         del backbone.get_image_features
+
+
+def images_encoded_once(model):
+    """Return a context in which `model` encodes the same images once, if nothing changes them.
+
+    Otherwise, and in families in which that was not compared, it does nothing.
+    """
+    backbone = backbone_of(model)
+    if model.config.model_type in ENCODED_ONCE and vision_is_fixed(backbone):
+        return encoding_once(backbone)
+    return nullcontext()

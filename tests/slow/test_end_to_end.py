@@ -60,12 +60,11 @@ def test_thirty_steps_already_hallucinate_less(thirty_steps, processor):
     questions = exam.pope_questions(truths)
     model = models.load_tuned(SETTINGS, folder / "adapter")
 
-    def counts_of(adapter):
-        answers = evaluation.ask(SETTINGS, model, processor, images, questions, adapter=adapter)
-        counts = evaluation.count(answers, judge.present(truths), mentions)
-        return counts | judge.claim_counts(answers["descriptions"], truths)
-
-    result = evaluation.compare(counts_of(adapter=False), counts_of(adapter=True))
+    counts = []
+    for answers in evaluation.ask_both(SETTINGS, model, processor, images, questions):
+        of_objects = evaluation.count(answers, judge.present(truths), mentions)
+        counts.append(of_objects | judge.claim_counts(answers["descriptions"], truths))
+    result = evaluation.compare(*counts)
     assert result["n"] == 100
     assert result["difference"]["chair_i"]["high"] < 0
     assert result["tuned"]["recall"] > 0.9 and result["tuned"]["pope_accuracy"] > 0.75

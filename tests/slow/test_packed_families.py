@@ -25,7 +25,7 @@ from mixed_rows import BATCHES, ROWS, TWO, dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, Pair, tiny_batch, tiny_model
 
-from utils import chat, shared_prefix
+from utils import chat, shared_prefix, vision
 from utils import families as utils_families
 from utils.shared_prefix import PackedPairs
 
@@ -165,7 +165,7 @@ def test_a_step_is_the_same_with_gradient_checkpointing(family, lora, reentrant,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_the_same_with_an_adapter_everywhere(family, make):
     stock, ours = (make(kind, tiny_model(family), "all-linear") for kind in BOTH)
-    assert not shared_prefix.vision_is_fixed(shared_prefix.backbone_of(ours.model))
+    assert not vision.vision_is_fixed(shared_prefix.backbone_of(ours.model))
     assert_same_step(stock, ours, tiny_batch(tiny_model(family), PAIRS))
 
 
@@ -338,7 +338,7 @@ def no_image_blocks(monkeypatch, _trainer):
 
 
 def features_of_a_trained_tower_shared(monkeypatch, _trainer):
-    monkeypatch.setattr(shared_prefix, "vision_is_fixed", lambda _backbone: True)
+    monkeypatch.setattr(vision, "vision_is_fixed", lambda _backbone: True)
 
 
 def first_of(branch, value):

@@ -1,4 +1,7 @@
-"""Questions that share a row get the probabilities that they get alone, in every family."""
+"""What is computed once for several answers gives what each has alone, in every family."""
+
+from dataclasses import replace
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -8,9 +11,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from utils import families as utils_families
-from utils import judging
+from utils import generation, judging
+from utils.generation import answer
 from utils.packed_rows import PackedRows
 from utils.settings import PROFILES
+from utils.vision import images_encoded_once
 
 SETTINGS = PROFILES["embedded"]
 QUESTIONS = ["What?", "Is there a cup?", "Is it?", "Is there a cup on the table?", "No?"]
@@ -56,6 +61,57 @@ def test_probabilities_are_those_of_each_question_alone(name, tmp_path, monkeypa
     alone = np.array(alone)
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=0)
     assert np.abs(alone - alone[0]).max() > 1e-3 * alone.max(), "questions and images matter"
+
+
+def passes_of(model, images):
+    """Return a list to which each pass of the vision tower adds its number of `images`."""
+    passes = []
+    encode = model.model.get_image_features
+
+    def counted(pixel_values, *arguments, **options):
+        passes.append(images)
+        return encode(pixel_values, *arguments, **options)
+
+    model.model.get_image_features = wraps(encode)(counted)
+    return passes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_answers_are_the_same_when_an_image_is_encoded_once(name, tmp_path):
+    model, processor = tiny(name, tmp_path)
+    model.requires_grad_(False)
+    images, questions = asked()
+    settings = replace(SETTINGS, generation_batch_size=2, max_new_tokens=12)
+
+    def answers():
+        told = []
+        for start in range(0, len(images), 2):
+            part = slice(start, start + 2)
+            told += answer(settings, model, processor, images[part], questions[part])
+        return told
+
+    expected = answers()
+    passes = passes_of(model, 2)
+    with images_encoded_once(model):
+        assert answers() == expected
+    assert len(passes) == (len(QUESTIONS) if name == "LLaVA-OneVision" else 1)
+    assert len(set(expected)) > len(QUESTIONS), "questions and images matter"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_are_the_same_when_their_prompt_is_computed_once(name, tmp_path, monkeypatch):
+    model, processor = tiny(name, tmp_path)
+    images, questions = asked()
+    settings = replace(SETTINGS, generation_batch_size=12, max_new_tokens=12)
+
+    def samples():
+        torch.manual_seed(0)
+        return answer(settings, model, processor, images[:5], questions[:5], samples=3)
+
+    together = samples()
+    monkeypatch.setattr(generation, "PACKED_FAMILIES", ())
+    assert samples() == together
+    assert len({text for texts in together for text in texts}) > 10
 
 
 @pytest.mark.parametrize("name", ["SmolVLM", "Qwen2.5-VL", "Gemma 3"])
