@@ -215,17 +215,17 @@ def sweep(settings, kind, model, shape, output, sizes=SIZES, **changes):
     return steps.rows
 
 
-def largest_within(rows, limit):
-    """Return the row of the largest batch within `limit` GB, None when not even one pair fits."""
+def fastest_within(rows, limit):
+    """Return the row of the fastest batch within `limit` GB, None when not even one pair fits."""
     fitting = [row for row in rows if row["reserved_gb"] <= limit]
-    return max(fitting, key=lambda row: row["batch_size"], default=None)
+    return max(fitting, key=lambda row: row["pairs_per_second"], default=None)
 
 
 def compare_trainers(rows):
     """Compare `rows`, {"stock": [...], "ours": [...]}.
 
     Returns {"equal_batch": {size: speed and memory ratio}, "limits": {GB: the row of each trainer's
-    largest batch, and their speed ratio}}.
+    fastest batch, and their speed ratio}}.
     """
     stock_rows = {row["batch_size"]: row for row in rows["stock"]}
     ours_rows = {row["batch_size"]: row for row in rows["ours"]}
@@ -242,8 +242,8 @@ def compare_trainers(rows):
         }
     limits = {}
     for limit in LIMITS:
-        stock = largest_within(rows["stock"], limit)
-        ours = largest_within(rows["ours"], limit)
+        stock = fastest_within(rows["stock"], limit)
+        ours = fastest_within(rows["ours"], limit)
         speed_ratio = None
         if stock and ours:
             speed_ratio = ours["pairs_per_second"] / stock["pairs_per_second"]

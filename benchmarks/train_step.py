@@ -1,17 +1,20 @@
 """Compare a training step of TRL's `DPOTrainer` with ours: python -m benchmarks.train_step
 
-  stock             TRL's DPOTrainer
+  stock             TRL's DPOTrainer as it comes
+  fixed_tower       the same with the vision tower under no_grad, which is one line and what a user
+                    who knows that nothing in it trains would write
   images_once       the collator processes an image once per pair, and the vision tower encodes it
                     without gradient, once per step
-  ours              besides, the prompt goes through the language model once per forward pass
-                    (utils/shared_prefix.py)
+  one_pair_a_row    besides, the prompt goes through the language model once per forward pass
+  ours              besides, pairs share a row where that computes less (utils/shared_prefix.py)
   cached_reference  besides, the reference log-probabilities are known (utils/reference_cache.py)
 
 Random weights and synthetic batches in float32 on one CPU thread, an adapter with random weights
-on the language model, gradient checkpointing as in `train()`. A step is forward and backward,
-without the optimizer. The four take turns in one process. FLOPs are those of torch's counter, the
-time is the median CPU time, memory is the peak of all tensors above those of the model. Prints a
-table per shape and one line of JSON.
+on the language model, gradient checkpointing as in `train()`. A step is forward and backward of
+one micro-batch, without the optimizer. The six take turns in one process. FLOPs are those of
+torch's counter, the time is the median CPU time, memory is the peak of all tensors above those of
+the model. Only smolvlm_256m has the sizes of a real model; the others are ten thin layers with the
+image of one. Prints a table per shape and one line of JSON.
 """
 
 import argparse
@@ -21,7 +24,9 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -32,14 +37,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from trl import DPOTrainer
 
-from utils import chat, memory, models, training
+from utils import chat, memory, models, shared_prefix, training
 from utils.settings import PROFILES
-from utils.shared_prefix import SharedPrefixDPOTrainer, backbone_of
+from utils.shared_prefix import SharedPrefixDPOTrainer, balanced_order
+from utils.vision import backbone_of
 
 PROMPT = 35  # tokens of text before an answer
 ANSWERS = (60, 150)  # tokens of the shortest and of the longest answer
-STEPS = ("stock", "images_once", "ours", "cached_reference")
-GOALS = {"idefics2_64": 1.85, "qwen_256": 1.85, "split": 2.3, "smolvlm_256m": 3.6}  # FLOP ratios
+STEPS = (
+    "stock",
+    "fixed_tower",
+    "images_once",
+    "one_pair_a_row",
+    "ours",
+    "cached_reference",
+)
+# FLOPs of four pairs with a fixed tower over ours.
+GOALS = {"resampled_64": 1.7, "windows_256": 1.9, "tiles_5x64": 2.1, "smolvlm_256m": 2.7}
 
 
 def attention_flops(query, key, value, *_, **__):
@@ -76,7 +90,6 @@ class Shape(NamedTuple):
     config: dict
     pixels: tuple
     tokens: int
-    pairs: int = 2
     grid: tuple = ()
 
 
@@ -170,18 +183,28 @@ SMOLVLM_256M = {
 }
 QWEN_PATCH = 3 * 2 * 14 * 14  # values in one row of Qwen's pixels
 SHAPES = {
-    "idefics2_64": Shape(IDEFICS2, pixels=(1, 3, 224, 224), tokens=64),
-    "qwen_256": Shape(QWEN, pixels=(1024, QWEN_PATCH), tokens=256, grid=(1, 32, 32)),
-    "qwen_1000": Shape(QWEN, pixels=(4000, QWEN_PATCH), tokens=1000, grid=(1, 50, 80)),
-    "split": Shape(SPLIT, pixels=(5, 3, 224, 224), tokens=5 * 64),
-    "smolvlm_256m": Shape(SMOLVLM_256M, pixels=(1, 3, 512, 512), tokens=64, pairs=1),
+    "resampled_64": Shape(IDEFICS2, pixels=(1, 3, 224, 224), tokens=64),
+    "windows_256": Shape(QWEN, pixels=(1024, QWEN_PATCH), tokens=256, grid=(1, 32, 32)),
+    "windows_1000": Shape(QWEN, pixels=(4000, QWEN_PATCH), tokens=1000, grid=(1, 50, 80)),
+    "tiles_5x64": Shape(SPLIT, pixels=(5, 3, 224, 224), tokens=5 * 64),
+    "smolvlm_256m": Shape(SMOLVLM_256M, pixels=(1, 3, 512, 512), tokens=64),
 }
 
 
-def draw_lengths(pairs, seed=0):
-    """Draw the tokens of (chosen, rejected) for each of `pairs`, evenly between the ANSWERS."""
+def draw_lengths(pairs, shortest=ANSWERS[0], longest=ANSWERS[1], seed=0):
+    """Draw the tokens of (chosen, rejected) for each of `pairs`, evenly in between.
+
+    They come in the order in which our collator would bring them, which is nothing to TRL's.
+    """
     draw = random.Random(seed)
-    return [(draw.randint(*ANSWERS), draw.randint(*ANSWERS)) for _ in range(pairs)]
+    lengths = []
+    rows = []
+    for _ in range(pairs):
+        chosen = draw.randint(shortest, longest)
+        rejected = draw.randint(shortest, longest)
+        lengths.append((chosen, rejected))
+        rows.append({"prompt": "", "chosen": "a" * chosen, "rejected": "a" * rejected})
+    return [lengths[number] for number in balanced_order(rows)]
 
 
 def text_tensors(config, shape, answers, generator, device):
@@ -272,18 +295,40 @@ def benchmark_trainer(settings, trainer_class, model, output, **changes):
     return trainer
 
 
-def forward_and_backward(trainer, batches):
-    """Compute the gradients of `batches`, as `train()` between two optimizer steps.
-
-    Returns their losses.
-    """
+def forward_and_backward(trainer, batch):
+    """Compute the gradients of a micro-batch as `train()` does. Return its loss."""
     trainer.model.zero_grad()
-    losses = []
-    for batch in batches:
-        loss = trainer.compute_loss(trainer.model, dict(batch))
-        loss.backward()
-        losses.append(loss.item())
-    return losses
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    return loss.item()
+
+
+@contextmanager
+def fixed_tower(trainer):
+    """Let the trainer's model encode images without gradient, as often as it is asked to."""
+    backbone = backbone_of(trainer.model)
+    backbone.get_image_features = torch.no_grad()(backbone.get_image_features)
+    try:
+        yield
+    finally:
+        del backbone.get_image_features
+
+
+@contextmanager
+def two_rows(trainer):
+    """Let our trainer run each answer in a row of its own."""
+    trainer.packs = False
+    try:
+        yield
+    finally:
+        trainer.packs = True
+
+
+def one_pair_a_row(_trainer):
+    """Let no two pairs share a row."""
+    return mock.patch.object(
+        shared_prefix, "groups_in_rows", lambda lengths, width: [1] * len(lengths)
+    )
 
 
 def vision_layers(backbone):
@@ -316,10 +361,10 @@ def watch_vision(trainer, patches):
     return passes, matrix.register_forward_hook(count)
 
 
-def measure_step(trainer, batches, patches):
+def measure_step(trainer, batch, patches):
     """Count FLOPs, memory and passes through the vision tower in one step, which also warms up.
 
-    Returns {"losses", "gflop", "memory_mb", "vision_forward", "vision_backward"}.
+    Returns {"loss", "gflop", "memory_mb", "vision_forward", "vision_backward"}.
     """
     passes, hook = watch_vision(trainer, patches)
     trainer.model.zero_grad()
@@ -330,10 +375,10 @@ def measure_step(trainer, batches, patches):
     allocations = memory.Allocations(tensors)
     flops = flop_counter.FlopCounterMode(display=False, custom_mapping=FLOPS)
     with allocations, flops:
-        losses = forward_and_backward(trainer, batches)
+        loss = forward_and_backward(trainer, batch)
     hook.remove()
     return {
-        "losses": losses,
+        "loss": loss,
         "gflop": flops.get_total_flops() / 1e9,
         "memory_mb": (allocations.peak - memory.held(tensors)) / 1e6,
         "vision_forward": passes["forward"],
@@ -418,18 +463,17 @@ def ideal_ratio(model, shape, answers, batch):
     return stock / ideal, image_over_row
 
 
-def measure_shape(shape, repeats, batch_size, output):
-    """Measure all STEPS on one shape, `repeats` times each, `batch_size` pairs at a time.
+def measure_shape(shape, repeats, answers, output):
+    """Measure all STEPS on one shape, `repeats` times each.
 
-    Returns {step: {…}}, with "ideal_ratio" and "vision_over_language": one image over one row.
+    `answers` holds the lengths (chosen, rejected) of every pair in the micro-batch. Returns
+    {step: {…}}, with "ideal_ratio" and "vision_over_language": one image over one row.
     """
     settings = PROFILES["smolvlm"]
     cpu = {"use_cpu": True, "bf16": False, "fp16": False}
-    answers = draw_lengths(shape.pairs)
     model = random_frozen_model(shape)
-    config = model.config
-    _, whole_batch = synthetic_batches(config, shape, answers)
-    ideal, image_over_row = ideal_ratio(model, shape, answers, whole_batch)
+    twice, once = synthetic_batches(model.config, shape, answers)
+    ideal, image_over_row = ideal_ratio(model, shape, answers, once)
     stock = benchmark_trainer(settings, DPOTrainer, model, output, **cpu)
     model = random_frozen_model(shape)
     ours = benchmark_trainer(settings, SharedPrefixDPOTrainer, model, output, **cpu)
@@ -437,84 +481,78 @@ def measure_shape(shape, repeats, batch_size, output):
         trainer.model.train()
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
 
-    images_twice = []
-    images_once = []
-    cached = []
-    for start in range(0, len(answers), batch_size):
-        part = answers[start : start + batch_size]
-        twice, once = synthetic_batches(config, shape, part)
-        chosen, rejected = ours.compute_ref_log_probs(ours.model, once)
-        images_twice.append(twice)
-        images_once.append(once)
-        cached.append(once | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
-    steps = {  # step → (trainer, its batches, whether answers are packed behind one prompt)
-        "stock": (stock, images_twice, True),
-        "images_once": (ours, images_once, False),
-        "ours": (ours, images_once, True),
-        "cached_reference": (ours, cached, True),
+    chosen, rejected = ours.compute_ref_log_probs(ours.model, once)
+    cached = once | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    steps = {  # step → (trainer, its batch, what is different while it runs)
+        "stock": (stock, twice, nullcontext),
+        "fixed_tower": (stock, twice, fixed_tower),
+        "images_once": (ours, once, two_rows),
+        "one_pair_a_row": (ours, once, one_pair_a_row),
+        "ours": (ours, once, nullcontext),
+        "cached_reference": (ours, cached, nullcontext),
     }
-    patches = shape.pixels[0]
+    patches = shape.pixels[0] * len(answers)
     if not shape.grid:
-        patches *= (shape.pixels[-1] // config.vision_config.patch_size) ** 2
+        patches *= (shape.pixels[-1] // model.config.vision_config.patch_size) ** 2
 
     results = {}
     seconds = {name: [] for name in steps}
     for repeat in range(repeats + 1):
-        for name, (trainer, batches, packs) in steps.items():
-            trainer.packs = packs
-            if repeat == 0:
-                results[name] = measure_step(trainer, batches, patches * shape.pairs)
-                continue
-            start = time.process_time()
-            forward_and_backward(trainer, batches)
-            seconds[name].append(time.process_time() - start)
+        for name, (trainer, batch, changed) in steps.items():
+            with changed(trainer):
+                if repeat == 0:
+                    results[name] = measure_step(trainer, batch, patches)
+                    continue
+                start = time.process_time()
+                forward_and_backward(trainer, batch)
+                seconds[name].append(time.process_time() - start)
     for name, result in results.items():
         result["seconds"] = statistics.median(seconds[name])
     return results | {"ideal_ratio": ideal, "vision_over_language": image_over_row}
 
 
-def against_stock(stock, step):
-    """Return the ratios of a step: stock over it for FLOPs and time, it over stock for memory."""
-    differences = []
-    for expected, loss in zip(stock["losses"], step["losses"], strict=True):
-        differences.append(abs(expected - loss))
+def against(other, step):
+    """Return the ratios of a step: another over it for FLOPs and time, it over that for memory."""
     return {
-        "flop_ratio": stock["gflop"] / step["gflop"],
-        "time_ratio": stock["seconds"] / step["seconds"],
-        "memory_ratio": step["memory_mb"] / stock["memory_mb"],
-        "loss_difference": max(differences),
+        "flop_ratio": other["gflop"] / step["gflop"],
+        "time_ratio": other["seconds"] / step["seconds"],
+        "memory_ratio": step["memory_mb"] / other["memory_mb"],
+        "loss_difference": abs(other["loss"] - step["loss"]),
     }
 
 
 def ratios(results):
-    """Return the figures of one shape: those of "ours", with those of the other steps inside."""
-    figures = against_stock(results["stock"], results["ours"])
-    figures["ideal_ratio"] = results["ideal_ratio"]
-    for name in ("images_once", "cached_reference"):
-        figures[name] = against_stock(results["stock"], results[name])
+    """Return the figures of one shape: {step: against stock and against fixed_tower}."""
+    figures = {"ideal_ratio": results["ideal_ratio"]}
+    for name in STEPS[2:]:
+        figures[name] = {
+            "stock": against(results["stock"], results[name]),
+            "fixed_tower": against(results["fixed_tower"], results[name]),
+        }
     return figures
 
 
-def print_table(name, results):
+def print_table(name, answers, results):
     """Print the table of one shape."""
-    goal = f", goal {GOALS[name]}" if name in GOALS else ""
     print(
-        f"\n{name}: an image costs {results['vision_over_language']:.2f} of a row, "
-        f"ideal ratio {results['ideal_ratio']:.2f}{goal}"
+        f"\n{name}, pairs: {len(answers)}. An image costs {results['vision_over_language']:.2f} of "
+        f"a row; if nothing ran twice, stock would compute {results['ideal_ratio']:.2f} × as much"
     )
     print(
-        f"{'':17}  GFLOP  ratio   CPU s  ratio    +MB  share  loss difference  vision forward, back"
+        f"{'':17}{'stock ÷ this: FLOPs  time  memory':>37}"
+        f"{'fixed_tower ÷ this: FLOPs  time  memory':>42}"
+        f"{'loss difference':>17}{'vision forward, back':>22}"
     )
     for step in STEPS:
         result = results[step]
-        row = against_stock(results["stock"], result)
-        print(
-            f"{step:17}{result['gflop']:7.1f}{row['flop_ratio']:7.2f}"
-            f"{result['seconds']:8.2f}{row['time_ratio']:7.2f}"
-            f"{result['memory_mb']:7.0f}{row['memory_ratio']:7.2f}{row['loss_difference']:17.1e}"
-            f"{result['vision_forward']:16.0f}, {result['vision_backward']:.0f}",
-            flush=True,
-        )
+        row = f"{step:17}"
+        for other, width in (("stock", 23), ("fixed_tower", 28)):
+            found = against(results[other], result)
+            row += f"{found['flop_ratio']:{width}.2f}{found['time_ratio']:6.2f}"
+            row += f"{1 / found['memory_ratio']:8.2f}"
+        row += f"{against(results['stock'], result)['loss_difference']:17.1e}"
+        row += f"{result['vision_forward']:19.0f}, {result['vision_backward']:.0f}"
+        print(row, flush=True)
 
 
 def main():
@@ -524,17 +562,23 @@ def main():
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(GOALS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--batch-size", type=int, default=1, help="pairs at a time; the profiles train with one"
+        "--pairs", nargs="+", type=int, default=[1, 4], help="in a micro-batch; profiles take four"
+    )
+    parser.add_argument(
+        "--answers", nargs=2, type=int, default=ANSWERS, help="tokens of the shortest and longest"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads that wait for each other would count as work
     logging.set_verbosity_error()  # or each trainer would warn of its model's special tokens
     summary = {}
     for name in options.shapes:
-        with tempfile.TemporaryDirectory() as output:
-            results = measure_shape(SHAPES[name], options.repeats, options.batch_size, output)
-        summary[name] = ratios(results)
-        print_table(name, results)
+        summary[name] = {}
+        for pairs in options.pairs:
+            answers = draw_lengths(pairs, *options.answers)
+            with tempfile.TemporaryDirectory() as output:
+                results = measure_shape(SHAPES[name], options.repeats, answers, output)
+            summary[name][pairs] = ratios(results)
+            print_table(name, answers, results)
     print(json.dumps({"shapes": summary}))
 
 

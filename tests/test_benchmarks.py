@@ -35,7 +35,7 @@ def test_flops_are_counted_exactly_where_torch_leaves_some_out():
 
 
 def test_synthetic_batches_differ_only_in_how_often_they_hold_an_image():
-    shape = train_step.SHAPES["qwen_256"]
+    shape = train_step.SHAPES["windows_256"]
     config = AutoConfig.for_model(**shape.config, image_token_id=4299)
     twice, once = train_step.synthetic_batches(config, shape, [(60, 70), (80, 65)])
     assert twice["pixel_values"].shape == (2 * 2 * 1024, train_step.QWEN_PATCH)
@@ -53,11 +53,14 @@ def test_gpu_says_that_there_is_none(monkeypatch):
         gpu.main()
 
 
-def test_the_largest_batch_that_fits_is_found_by_what_was_reserved():
-    rows = [{"batch_size": size, "reserved_gb": 4.0 + 5 * size} for size in (1, 2, 4)]
-    assert gpu.largest_within(rows, 15)["batch_size"] == 2
-    assert gpu.largest_within(rows, 24)["batch_size"] == 4
-    assert gpu.largest_within(rows, 8) is None
+def test_the_fastest_batch_that_fits_is_found_by_what_was_reserved():
+    rows = []
+    for size, speed in ((1, 2.0), (2, 5.0), (4, 4.0)):
+        reserved = 4.0 + 5 * size
+        rows.append({"batch_size": size, "reserved_gb": reserved, "pairs_per_second": speed})
+    assert gpu.fastest_within(rows, 13)["batch_size"] == 1
+    assert gpu.fastest_within(rows, 24)["batch_size"] == 2
+    assert gpu.fastest_within(rows, 8) is None
 
 
 def test_notebook_06_reads_what_gpu_writes(tmp_path, capsys):

@@ -134,7 +134,7 @@ def test_questions_about_an_image_share_one_row(model, processor, monkeypatch):
         batch = judging.inference_batch([first], [question], processor)
         alone.append(batch["input_ids"].shape[1] + 1)  # the answer begins with a token of its own
     prompt = batch["input_ids"][0].tolist()
-    is_image = torch.tensor(prompt) == judging.image_token_id(processor)
+    is_image = torch.tensor(prompt) == model.config.image_token_id
     assert rows[0][1] < sum(alone) - 2 * is_image.sum()
 
 
@@ -143,5 +143,5 @@ def test_a_part_of_an_image_in_the_questions_is_not_shared(model, processor):
     changed = dict(batch)
     changed["input_ids"] = batch["input_ids"].clone()
     changed["input_ids"][0, 0] = 5  # they no longer begin alike
-    assert judging.logits_of_shared_row(model, processor, batch) is not None
-    assert judging.logits_of_shared_row(model, processor, changed) is None
+    assert judging.logits_of_shared_row(model, batch) is not None
+    assert judging.logits_of_shared_row(model, changed) is None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from utils.chat import answer_messages, image_token_id, inference_batch, prompt_messages
+from utils.chat import answer_messages, inference_batch, prompt_messages
 from utils.generation import NEUTRAL, processed_once, refuse_overflow
 from utils.images import upright_rgb
 from utils.models import answering
@@ -52,9 +52,9 @@ def yes_and_no(settings, model, processor, images, questions):
             batch = begin_answers(batch, lead)
             logits = None
             if shares:
-                logits = logits_of_shared_row(model, processor, batch)
+                logits = logits_of_shared_row(model, batch)
             if logits is None:
-                logits = logits_of_rows(model, processor, batch)
+                logits = logits_of_rows(model, batch, processor.tokenizer.pad_token_id)
             probabilities = refuse_overflow(None, logits).float().softmax(-1)
             p_yes = probabilities[:, yes].sum(1)
             p_no = probabilities[:, no].sum(1)
@@ -82,11 +82,11 @@ def begin_answers(batch, lead):
     return longer
 
 
-def logits_of_rows(model, processor, batch):
+def logits_of_rows(model, batch, pad_token):
     """Return the logits (rows, vocabulary) of what follows each row of `batch`."""
     options = NEUTRAL | {
         "max_new_tokens": 1,
-        "pad_token_id": processor.tokenizer.pad_token_id,
+        "pad_token_id": pad_token,
         "do_sample": False,
         "top_k": None,
         "output_logits": True,
@@ -95,7 +95,7 @@ def logits_of_rows(model, processor, batch):
     return model.generate(**batch, **options).logits[0]
 
 
-def logits_of_shared_row(model, processor, batch):
+def logits_of_shared_row(model, batch):
     """Return the same as `logits_of_rows` from one row that holds what all rows share only once.
 
     All rows of `batch` are about the same image. None when they cannot share a row: a part of the
@@ -107,7 +107,7 @@ def logits_of_shared_row(model, processor, batch):
     ids = rows["input_ids"]
     lengths = rows["attention_mask"].sum(1).tolist()
     shared = min(common_beginning(ids), min(lengths) - 1)
-    is_image = ids[0] == image_token_id(processor)
+    is_image = ids[0] == model.config.image_token_id
     if is_image[shared:].any() or not fits_window(config, max(lengths)):
         return None
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from benchmarks import format_dataset, gpu, photographs, train_step
+from benchmarks import format_dataset, generate, gpu, photographs, train_step
 from utils import memory
 from utils.settings import PROFILES
 from utils.shared_prefix import SharedPrefixDPOTrainer
@@ -58,26 +58,44 @@ def last_line(capsys):
 
 def test_train_step_compares_the_steps_on_the_same_loss(monkeypatch, capsys):
     monkeypatch.setitem(train_step.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(sys, "argv", ["train_step", "--shapes", "tiny", "--repeats", "1"])
+    arguments = "train_step --shapes tiny --repeats 1 --pairs 3 --answers 5 90"
+    monkeypatch.setattr(sys, "argv", arguments.split())
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     train_step.main()
-    ours = last_line(capsys)["shapes"]["tiny"]
-    names = {"flop_ratio", "time_ratio", "memory_ratio", "loss_difference"}
-    assert ours.keys() == names | {"ideal_ratio", "images_once", "cached_reference"}
-    once = ours["images_once"]
-    cached = ours["cached_reference"]
-    for step in (ours, once, cached):
-        assert names <= step.keys() and step["loss_difference"] < 1e-5
-    assert 1 < once["flop_ratio"] < ours["flop_ratio"] < cached["flop_ratio"]
-    assert ours["flop_ratio"] == pytest.approx(ours["ideal_ratio"], rel=0.15)
+    steps = last_line(capsys)["shapes"]["tiny"]["3"]
+    ideal = steps.pop("ideal_ratio")
+    assert list(steps) == list(train_step.STEPS[2:])
+    flops = []
+    for step in steps.values():
+        assert step["stock"]["loss_difference"] < 1e-5
+        assert step["fixed_tower"]["flop_ratio"] < step["stock"]["flop_ratio"]
+        flops.append(step["stock"]["flop_ratio"])
+    # Each of the steps computes less than the one before it.
+    assert flops == sorted(flops) and flops[0] > 1
+    assert steps["ours"]["stock"]["flop_ratio"] == pytest.approx(ideal, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_QWEN], ids=["smolvlm", "qwen"])
+def test_generate_compares_ways_that_give_the_same(shape, monkeypatch):
+    monkeypatch.setitem(
+        generate.SHAPES, "tiny", shape._replace(config=shape.config or TINY_QWEN_CONFIG)
+    )
+    monkeypatch.setattr(generate, "DESCRIPTION", 8)
+    model = generate.tuned_model(generate.SHAPES["tiny"])
+    for each, shared in generate.WAYS.values():
+        found = generate.compare(model, generate.SHAPES["tiny"], each, shared)
+        assert found["difference"] < 1e-4
+        assert found["flop_ratio"] > 1 and found["time_ratio"] > 0
 
 
 def test_the_vision_tower_runs_as_often_as_is_claimed(tmp_path):
     """Gradient checkpointing is on. Without it, stock would run forward four times, never back."""
-    results = train_step.measure_shape(TINY, 1, 1, tmp_path)
+    results = train_step.measure_shape(TINY, 1, [(60, 70), (80, 65)], tmp_path)
     # Passes of each image, which stock has twice.
     stock = results["stock"]
     assert (stock["vision_forward"], stock["vision_backward"]) == (6, 2)
+    fixed = results["fixed_tower"]
+    assert (fixed["vision_forward"], fixed["vision_backward"]) == (4, 0)
     ours = results["ours"]
     assert (ours["vision_forward"], ours["vision_backward"]) == (1, 0)
 
