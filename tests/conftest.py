@@ -6,6 +6,8 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(Path(__file__).parents[1] / "build" / "hypothesis")
 os.environ.pop("VLM_DPO_PROFILE", None)
+# Some tests start processes as copies of this one. A thread of Arrow's might hold a lock then.
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 
 import pytest
 import torch

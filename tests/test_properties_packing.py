@@ -116,7 +116,7 @@ def test_rows_hold_all_groups_in_order_and_cost_no_more_than_one_group_a_row(len
         for count in counts:
             longest = max(longest, sum(rest[:count]))
             rest = rest[count:]
-        return len(counts) * longest * (6 * width + longest)
+        return len(counts) * longest * (4 * width + longest)
 
     assert multiplications(counts) <= multiplications([1] * len(lengths))
     assert multiplications(counts) <= multiplications([len(lengths)])

@@ -1,5 +1,6 @@
 """What notebook 03 writes out, against the helpers that it introduces afterwards."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -27,6 +28,7 @@ def taught(settings, output="runs"):
         "dtype": torch.float32,
         "models": models,
         "on_gpu": False,
+        "os": os,
         "output": output,
         "settings": settings,
         "text_of": text_of,

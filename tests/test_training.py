@@ -1,6 +1,7 @@
 """Configurations and refusals; nothing here trains. tests/slow/test_training_runs.py does."""
 
 import inspect
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -68,6 +69,15 @@ def test_every_argument_we_pass_exists_in_the_installed_libraries(library_class)
 def test_changes_replace_the_arguments_of_the_profile(tmp_path):
     config = training.dpo_config(SETTINGS, tmp_path, learning_rate=1e-5, max_steps=3)
     assert (config.learning_rate, config.max_steps, config.beta) == (1e-5, 3, SETTINGS.beta)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cores", "workers"), [(False, 8, 0), (True, 8, 4), (True, 2, 2), (True, None, 1)]
+)
+def test_a_gpu_does_not_wait_for_images(gpu, cores, workers, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert training.image_workers() == workers
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,17 @@ def share_of_batch(settings, processes):
     return micro_batch, pairs_per_process // micro_batch
 
 
+def image_workers():
+    """Return how many processes prepare the batches of images.
+
+    A GPU would wait for them, so with one it is a process for each CPU core, at most four. On a CPU
+    they would only take the cores from the training.
+    """
+    if not torch.cuda.is_available():
+        return 0
+    return min(4, os.cpu_count() or 1)
+
+
 def dpo_config(settings, output, **changes):
     """Return the profile's `DPOConfig`; `changes` are arguments that replace the profile's."""
     dtype = compute_dtype()
@@ -76,6 +87,7 @@ def dpo_config(settings, output, **changes):
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": not torch.cuda.is_available(),
+        "dataloader_num_workers": image_workers(),
         # Set explicitly: transformers would hide the bar because this package quiets its log.
         "disable_tqdm": not watched(),
         "logging_steps": settings.logging_steps,
@@ -122,6 +134,7 @@ def make_trainer(
         # transformers counts the batches of a stream but not its passes: resumed in the second
         # pass, it would start that pass over. Repeated, the stream has a single endless pass.
         train_rows = train_rows.repeat(None)
+        changes = {"dataloader_num_workers": 0} | changes  # workers would share out its files
     if continue_adapter:
         if not isinstance(model, PeftModel) or list(model.peft_config) != ["default"]:
             raise ValueError(

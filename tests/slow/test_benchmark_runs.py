@@ -106,8 +106,13 @@ def test_format_dataset_compares_the_recipes(monkeypatch, capsys):
     monkeypatch.setattr(format_dataset, "alone", format_dataset.measure)
     format_dataset.main()
     summary = last_line(capsys)
-    assert summary["rows"] == 20 and summary["largest_pixel_difference"] == 0
-    assert summary.keys() >= {"rows_per_second_ratio", "bytes_written_share"}
+    assert summary["rows"] == 20 and summary["bytes_written_share"] < 0.1
+    results = summary["results"]
+    assert list(results) == list(format_dataset.RECIPES)
+    assert results["ours"]["difference"] == results["not_decoded"]["difference"] == 0
+    for recipe in ("article", "not_decoded"):
+        assert results[recipe]["bytes_written"] > results["ours"]["bytes_written"]
+        assert summary[recipe].keys() == {"format_ratio", "with_an_epoch_ratio"}
 
 
 @pytest.mark.parametrize(
