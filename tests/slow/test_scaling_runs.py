@@ -111,8 +111,10 @@ def trained_rows(processor, parquet, output, rows, steps, stop=None, resume=Fals
 
     def watched(model, inputs, *arguments, **named):
         chosen = inputs["input_ids"][: len(inputs["input_ids"]) // 2]
+        numbers = []
         for prompt in processor.tokenizer.batch_decode(chosen):
-            seen.append(int(re.search(r"Number (\d+)", prompt)[1]))
+            numbers.append(int(re.search(r"Number (\d+)", prompt)[1]))
+        seen.extend(sorted(numbers))  # a batch may bring them in any order
         return compute_loss(model, inputs, *arguments, **named)
 
     trainer.compute_loss = watched
