@@ -145,3 +145,23 @@ def test_a_part_of_an_image_in_the_questions_is_not_shared(model, processor):
     changed["input_ids"][0, 0] = 5  # they no longer begin alike
     assert judging.logits_of_shared_row(model, batch) is not None
     assert judging.logits_of_shared_row(model, changed) is None
+
+
+def test_questions_that_cannot_share_a_row_come_in_batches(model, processor, monkeypatch):
+    """As many at a time as the settings say, though a shared row may hold more of them."""
+    image = drawn("test[:1]")["image"][0]
+    questions = [existence_question(category) for category in ("cup", "car", "kite")] * 2
+    together = judging.yes_and_no(SETTINGS, model, processor, [image] * 6, questions)
+    sizes = []
+    generate = model.generate
+
+    def watched(**options):
+        sizes.append(len(options["input_ids"]))
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    monkeypatch.setattr(judging, "logits_of_shared_row", lambda *_: None)
+    settings = replace(SETTINGS, generation_batch_size=4)
+    apart = judging.yes_and_no(settings, model, processor, [image] * 6, questions)
+    np.testing.assert_allclose(apart, together, atol=1e-5)
+    assert sizes == [4, 2]

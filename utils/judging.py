@@ -39,22 +39,29 @@ def yes_and_no(settings, model, processor, images, questions):
     lead, yes, no = answer_tokens(processor)
     images = upright_once(images)
     found = np.zeros((len(images), 2), dtype=np.float32)
+    size = settings.generation_batch_size
     shares = why_not_shared(model.config) is None
     if shares:
         batches = one_image_batches(images, QUESTIONS_IN_ROW)
     else:
-        batches = one_size_batches(images, settings.generation_batch_size)
+        batches = one_size_batches(images, size)
+
+    def batch_of(numbers):
+        shown = [images[number] for number in numbers]
+        asked = [questions[number] for number in numbers]
+        return begin_answers(inference_batch(shown, asked, processor), lead)
+
     with answering(model), processed_once(processor):
         for numbers in progress(batches, "judging"):
-            shown = [images[number] for number in numbers]
-            asked = [questions[number] for number in numbers]
-            batch = inference_batch(shown, asked, processor).to(model.device)
-            batch = begin_answers(batch, lead)
             logits = None
             if shares:
-                logits = logits_of_shared_row(model, batch)
+                logits = logits_of_shared_row(model, batch_of(numbers))
             if logits is None:
-                logits = logits_of_rows(model, batch, processor.tokenizer.pad_token_id)
+                parts = []
+                for start in range(0, len(numbers), size):
+                    batch = batch_of(numbers[start : start + size])
+                    parts.append(logits_of_rows(model, batch, processor.tokenizer.pad_token_id))
+                logits = torch.cat(parts)
             probabilities = refuse_overflow(None, logits).float().softmax(-1)
             p_yes = probabilities[:, yes].sum(1)
             p_no = probabilities[:, no].sum(1)
@@ -92,14 +99,16 @@ def logits_of_rows(model, batch, pad_token):
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    return model.generate(**batch, **options).logits[0]
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    return model.generate(**inputs, **options).logits[0]
 
 
 def logits_of_shared_row(model, batch):
     """Return the same as `logits_of_rows` from one row that holds what all rows share only once.
 
-    All rows of `batch` are about the same image. None when they cannot share a row: a part of the
-    image comes after what they share, or a row is longer than the model's sliding window.
+    All rows of `batch`, which is on the CPU, are about the same image. None when they cannot share
+    a row: a part of the image comes after what they share, or a row is longer than the model's
+    sliding window.
     """
     backbone = backbone_of(model)
     config = backbone.config.get_text_config()
@@ -125,8 +134,10 @@ def logits_of_shared_row(model, batch):
     packed["attention_mask"] = packing.mask(
         config._attn_implementation, backbone.dtype, packed.get("token_type_ids")
     )
-    last = packing.moved + torch.tensor(lengths, device=ids.device) - 1
-    return model(**packed, use_cache=False, logits_to_keep=last).logits[0]
+    packed["logits_to_keep"] = packing.moved + torch.tensor(lengths) - 1  # the last of each row
+    # Only now: before, `batch` has a copy of the image for every question.
+    inputs = {name: value.to(model.device) for name, value in packed.items()}
+    return model(**inputs, use_cache=False).logits[0]
 
 
 def padded_on_the_right(batch):
