@@ -72,9 +72,18 @@ def test_changes_replace_the_arguments_of_the_profile(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "cores", "workers"), [(False, 8, 0), (True, 8, 4), (True, 2, 2), (True, None, 1)]
+    ("gpu", "cores", "processes", "workers"),
+    [
+        (False, 8, 1, 0),
+        (True, 8, 1, 4),
+        (True, 2, 1, 2),
+        (True, None, 1, 1),
+        (True, 4, 2, 2),
+        (True, 2, 4, 1),
+    ],
 )
-def test_a_gpu_does_not_wait_for_images(gpu, cores, workers, monkeypatch):
+def test_a_gpu_does_not_wait_for_images(gpu, cores, processes, workers, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert training.image_workers() == workers

@@ -100,7 +100,8 @@ def generated(
             f"{len(images)} images but {len(questions)} questions: give one question per image"
         )
     size = settings.generation_batch_size
-    shares = model.config.model_type in PACKED_FAMILIES  # where that was compared
+    # In families in which that was compared, the samples of a prompt share its computation.
+    repeats = samples and model.config.model_type in PACKED_FAMILIES
     options = NEUTRAL | {
         "max_new_tokens": max_new_tokens or settings.max_new_tokens,
         "pad_token_id": processor.tokenizer.pad_token_id,
@@ -111,7 +112,7 @@ def generated(
     if samples:
         size = max(1, size // samples)  # a batch holds every sample of its images
         options["do_sample"] = True
-        if not shares:
+        if not repeats:
             options["num_return_sequences"] = samples
         options["temperature"] = temperature
         options["top_k"] = 0  # as many as there are
@@ -121,7 +122,7 @@ def generated(
         for start in progress(range(0, len(images), size), "answering"):
             part = slice(start, start + size)
             batch = inference_batch(images[part], questions[part], processor).to(model.device)
-            if samples and shares:
+            if repeats:
                 batch = repeated(model, batch, samples, options)
             tokens = model.generate(**batch, **options)
             new_tokens = tokens[:, batch["input_ids"].shape[1] :]

@@ -58,12 +58,13 @@ def share_of_batch(settings, processes):
 def image_workers():
     """Return how many processes prepare the batches of images.
 
-    A GPU would wait for them, so with one it is a process for each CPU core, at most four. On a CPU
-    they would only take the cores from the training.
+    A GPU would wait for them, so with one it is this process's share of the CPU cores, at most
+    four. On a CPU they would only take the cores from the training.
     """
     if not torch.cuda.is_available():
         return 0
-    return min(4, os.cpu_count() or 1)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # `accelerate launch` sets it
+    return min(4, max(1, (os.cpu_count() or 1) // processes))
 
 
 def dpo_config(settings, output, **changes):

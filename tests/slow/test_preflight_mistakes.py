@@ -254,6 +254,14 @@ def test_a_reference_that_is_not_this_model_is_noticed(make, tmp_path):
     trainer.data_collator = stale
     assert "kept on disk" in failed(trainer)["reference"]
 
+    def of_other_pairs(rows):
+        batch = collate(rows)
+        moved = {name: batch[name].roll(1) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+        return batch | moved
+
+    trainer.data_collator = of_other_pairs
+    assert "kept on disk" in failed(trainer)["reference"]
+
 
 def test_the_longest_rows_are_found_and_counted(make):
     trainer = make(dataclasses.replace(SETTINGS, token_budget=80))
