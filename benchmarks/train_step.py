@@ -3,8 +3,8 @@
   stock             TRL's DPOTrainer as it comes
   fixed_tower       the same with the vision tower under no_grad, which is one line and what a user
                     who knows that nothing in it trains would write
-  images_once       the collator processes an image once per pair, and the vision tower encodes it
-                    without gradient, once per step
+  tower_once        the collator processes an image once per pair, and the vision tower runs without
+                    gradient and once per step, for both rows of each pair
   one_pair_a_row    besides, the prompt goes through the language model once per forward pass
   ours              besides, pairs share a row where that computes less (utils/shared_prefix.py)
   cached_reference  besides, the reference log-probabilities are known (utils/reference_cache.py)
@@ -47,7 +47,7 @@ ANSWERS = (60, 150)  # tokens of the shortest and of the longest answer
 STEPS = (
     "stock",
     "fixed_tower",
-    "images_once",
+    "tower_once",
     "one_pair_a_row",
     "ours",
     "cached_reference",
@@ -486,7 +486,7 @@ def measure_shape(shape, repeats, answers, output):
     steps = {  # step → (trainer, its batch, what is different while it runs)
         "stock": (stock, twice, nullcontext),
         "fixed_tower": (stock, twice, fixed_tower),
-        "images_once": (ours, once, two_rows),
+        "tower_once": (ours, once, two_rows),
         "one_pair_a_row": (ours, once, one_pair_a_row),
         "ours": (ours, once, nullcontext),
         "cached_reference": (ours, cached, nullcontext),
