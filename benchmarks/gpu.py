@@ -1,42 +1,53 @@
-"""Compare TRL's `DPOTrainer` with ours on a GPU, in the profiles' shapes: python -m benchmarks.gpu
+"""Measure training and generation on a GPU, in the profiles' shapes: python -m benchmarks.gpu
 
 Downloads nothing. The architectures come from configs/ and the weights are random, written in
 shards to a temporary folder, so that `models.load_model` loads and quantizes them as it does real
 ones. Batches are synthetic: what a 640×480 photograph and answers of 60 to 150 tokens make.
 
-Each trainer runs `train()`, with the optimizer, at growing batch sizes until the GPU's memory is
-used up. A batch fits a limit if all memory that torch reserved stays below it. The CUDA context
-takes about 0.5 GB more. Prints a table and one line of JSON, and writes
-results/gpu/<gpu name>-<profile>.json.
+  stock        TRL's DPOTrainer as it comes
+  fixed_tower  the same with the vision tower under no_grad, as a knowing user would write
+  ours         utils/shared_prefix.py
+
+Each runs `train()`, with the optimizer, in 4 and in 16 bits, with and without checkpointing, at
+growing micro-batches up to the pairs of the profiles' optimizer step. A configuration fits a limit
+if all memory that torch reserved stays below it. The CUDA context takes about 0.5 GB more. The
+base answers in batches as well. `--processors FOLDER` names a folder that holds the files of each
+profile's processor in a folder of the profile's name: then our trainer also runs end to end, with
+photographs that are read, decoded and processed.
+
+Prints a table and writes results/gpu/<gpu name>-<profile>.json after every part.
 """
 
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 from transformers.utils import logging
 from trl import DPOTrainer
 
+from benchmarks.format_dataset import write_pairs
 from benchmarks.train_step import (
-    FLOPS,
     PROMPT,
     QWEN_PATCH,
     Shape,
     benchmark_trainer,
     draw_lengths,
+    fixed_tower,
     synthetic_batches,
 )
-from utils import memory, models, training, versions
+from utils import chat, layouts, memory, models, training, versions
 from utils.settings import PROFILES, ROOT
 from utils.shared_prefix import SharedPrefixDPOTrainer
 
@@ -45,10 +56,17 @@ PROFILE_SHAPES = {  # what the profile's processor makes of an image of 640×480
     "qwen": Shape({}, pixels=(34 * 46, QWEN_PATCH), tokens=17 * 23, grid=(1, 34, 46)),
     "idefics2": Shape({}, pixels=(1, 3, 480, 640), tokens=64),
 }
-TRAINERS = {"stock": DPOTrainer, "ours": SharedPrefixDPOTrainer}
+KINDS = {  # kind → (trainer, what is different while it runs)
+    "stock": (DPOTrainer, nullcontext),
+    "fixed_tower": (DPOTrainer, fixed_tower),
+    "ours": (SharedPrefixDPOTrainer, nullcontext),
+}
 LIMITS = (15, 24, 80)  # GB, 10⁹ bytes
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # pairs in a batch
-TIMED = 3  # steps at each size, after one that warms up and counts FLOPs
+SIZES = (1, 4, 16)  # pairs in a micro-batch; the profiles' optimizer step has 16
+TIMED = 2  # steps at each size, after one that warms up
+ANSWERING = (1, 4, 16, 64)  # answers generated together
+NEW_TOKENS = 32  # in each of them
+END_TO_END = 3  # optimizer steps, the first of which warms up
 SHARD = 2e9  # bytes
 NO_GPU = "no GPU here: to compare training steps on a CPU, run python -m benchmarks.train_step"
 
@@ -94,31 +112,47 @@ def save_random(model, folder, dtype):
     model.config.save_pretrained(folder)
 
 
-def random_model(settings):
-    """Return the profile's model with random weights, loaded by `models.load_model`."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_random(memory.architecture(settings.model), folder, models.compute_dtype())
-        return models.load_model(replace(settings, model=folder))
+def synchronize():
+    """Wait until the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def forget_peak():
+    """Give unused memory back and start a new peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb():
+    """Return {"allocated_gb", "reserved_gb"}: the peaks since `forget_peak`."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0,
+        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if on_gpu else 0,
+    }
 
 
 class Steps(TrainerCallback):
-    """Feed and measure one `train()`; `rows` holds the results, one for each batch size.
+    """Feed and measure one `train()`; `rows` holds the results, one for each size in `sizes`.
 
-    Each size gets one step that warms up and counts FLOPs, then `TIMED` steps.
+    Each size gets one step that warms up, then `TIMED` steps. Sizes that would
+    end more than `seconds` after the start are left out.
     """
 
-    def __init__(self, config, shape, sizes):
+    def __init__(self, config, shape, sizes, seconds=60):
         self.config = config
         self.shape = shape
         self.sizes = sizes
+        self.deadline = time.perf_counter() + seconds
         self.rows = []
         self.seconds = []
+        self.losses = []
         self.step = 0
         self.collated = 0
         self.batch = None
-        self.counter = None
-        self.counting = False
-        self.cuda = torch.cuda.is_available()
 
     def collate(self, kind):
         """Return the next step's batch for a trainer of `kind`."""
@@ -129,42 +163,37 @@ class Steps(TrainerCallback):
         self.collated += 1
         return dict(self.batch)
 
+    def keep_losses(self, compute_loss):
+        """Return `compute_loss` as it is, but for keeping each loss."""
+
+        def kept(*arguments, **options):
+            loss = compute_loss(*arguments, **options)
+            self.losses.append(loss.detach())
+            return loss
+
+        return kept
+
     def on_step_begin(self, _args, _state, _control, **_):
-        """Start the FLOP counter or the clock."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        """Start the clock."""
+        synchronize()
         if self.step % (1 + TIMED) == 0:
             self.seconds = []
-            if self.cuda:
-                torch.cuda.empty_cache()
-            self.counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
-            self.counter.__enter__()
-            self.counting = True
-        elif self.cuda and not self.seconds:
-            torch.cuda.reset_peak_memory_stats()
+            forget_peak()
         self.start = time.perf_counter()
 
     def on_step_end(self, _args, _state, control, **_):
-        """Stop them. After the last step of a size, add its row."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        if self.step % (1 + TIMED) == 0:
-            self.stop_counting()
-        else:
+        """Stop the clock. After the last step of a size, add its row."""
+        synchronize()
+        if self.step % (1 + TIMED) > 0:
             self.seconds.append(time.perf_counter() - self.start)
         self.step += 1
         if len(self.seconds) == TIMED:
             size = self.sizes[self.step // (1 + TIMED) - 1]
-            self.rows.append(self.row(size, statistics.median(self.seconds)))
-            # What is above the largest limit is not reported, so larger batches need not run.
-            control.should_training_stop = self.rows[-1]["reserved_gb"] > max(LIMITS)
+            seconds = statistics.median(self.seconds)
+            self.rows.append(self.row(size, seconds))
+            expected = (1 + TIMED) * 4 * seconds  # four times as many pairs
+            control.should_training_stop = time.perf_counter() + expected > self.deadline
         return control
-
-    def stop_counting(self):
-        """Take the FLOP counter off torch."""
-        if self.counting:
-            self.counter.__exit__(None, None, None)
-        self.counting = False
 
     def row(self, size, seconds):
         """Return the figures of a batch of `size` pairs whose step took `seconds`."""
@@ -172,28 +201,28 @@ class Steps(TrainerCallback):
         answers = draw_lengths(size)
         # Tokens are those of the stock trainer's rows, without padding.
         tokens = sum(2 * prompt + chosen + rejected for chosen, rejected in answers)
-        allocated = torch.cuda.max_memory_allocated() if self.cuda else 0
-        reserved = torch.cuda.max_memory_reserved() if self.cuda else 0
         return {
             "batch_size": size,
             "row_tokens": prompt + max(max(pair) for pair in answers),  # of the longest row
             "seconds": seconds,
             "pairs_per_second": size / seconds,
             "tokens_per_second": tokens / seconds,
-            "tflop_per_second": self.counter.get_total_flops() / 1e12 / seconds,
-            "allocated_gb": allocated / 1e9,
-            "reserved_gb": reserved / 1e9,
+            "loss": self.losses[-1].item() if self.losses else None,
+            **peak_gb(),
         }
 
 
-def sweep(settings, kind, model, shape, output, sizes=SIZES, **changes):
+def sweep(settings, kind, model, shape, output, sizes, seconds=60, **changes):
     """Train a trainer of `kind` at each of `sizes`, smallest first, and return a row for each.
 
-    Ends without an error where the GPU's memory does. `changes` are arguments of `DPOConfig`.
+    `model` has no adapter, before and after. Ends without an error where the GPU's memory does,
+    and before it takes longer than `seconds`. `changes` are arguments of `DPOConfig`.
     """
     max_steps = len(sizes) * (1 + TIMED)
+    trainer_class, changed = KINDS[kind]
     arguments = {
         "max_steps": max_steps,
+        "learning_rate": 0.0,  # every step computes the same loss, for all trainers to agree on
         "gradient_accumulation_steps": 1,
         "per_device_train_batch_size": 1,
         "save_strategy": "no",
@@ -201,18 +230,117 @@ def sweep(settings, kind, model, shape, output, sizes=SIZES, **changes):
         "dataloader_num_workers": 0,
         **changes,
     }
-    trainer = benchmark_trainer(settings, TRAINERS[kind], model, output, **arguments)
-    steps = Steps(model.config, shape, sizes)
+    trainer = benchmark_trainer(settings, trainer_class, model, output, **arguments)
+    steps = Steps(model.config, shape, sizes, seconds)
     trainer.train_dataset = list(range(max_steps))  # the collator does not look at its rows
     trainer.data_collator = lambda rows: steps.collate(kind)
+    trainer.compute_loss = steps.keep_losses(trainer.compute_loss)
     trainer.add_callback(steps)
     try:
-        trainer.train()
+        with changed(trainer):
+            trainer.train()
     except torch.OutOfMemoryError:
         print(f"{kind}: out of memory at {sizes[len(steps.rows)]} pairs", file=sys.stderr)
     finally:
-        steps.stop_counting()
-    return steps.rows
+        trainer.model.unload()
+    configuration = {
+        "kind": kind,
+        "four_bit": settings.four_bit,
+        "checkpointing": settings.gradient_checkpointing,
+    }
+    return [configuration | row for row in steps.rows]
+
+
+def answering_rows(model, shape, sizes=ANSWERING, new_tokens=NEW_TOKENS):
+    """Let `model` answer batches of each of `sizes`, smallest first, and return a row for each.
+
+    Every answer has `new_tokens` tokens. Ends without an error where the GPU's memory does.
+    """
+    rows = []
+    for size in (sizes[0], *sizes):  # the first one warms up
+        _, batch = synthetic_batches(model.config, shape, [(1, 1)] * size, model.device)
+        inputs = {}
+        for name, value in batch.items():
+            if name == "completion_mask":
+                continue
+            # The first rows are the chosen ones; the last token is the answer's.
+            is_text = value.shape[:1] == (2 * size,) and value.dim() == 2
+            inputs[name] = value[:size, :-1] if is_text else value
+        forget_peak()
+        start = time.perf_counter()
+        try:
+            with models.answering(model):
+                model.generate(
+                    **inputs,
+                    do_sample=False,
+                    min_new_tokens=new_tokens,
+                    max_new_tokens=new_tokens,
+                )
+        except torch.OutOfMemoryError:
+            print(f"out of memory at {size} answers", file=sys.stderr)
+            break
+        synchronize()
+        seconds = time.perf_counter() - start
+        row = {
+            "batch_size": size,
+            "seconds": seconds,
+            "tokens_per_second": size * new_tokens / seconds,
+            **peak_gb(),
+        }
+        rows.append(row)
+    return rows[1:]
+
+
+class StepEnds(TrainerCallback):
+    """Note when each optimizer step ends."""
+
+    def __init__(self):
+        self.times = []
+
+    def on_step_end(self, _args, _state, _control, **_):
+        synchronize()
+        self.times.append(time.perf_counter())
+
+
+def end_to_end(settings, model, processor, output, workers):
+    """Return the pairs per second of our trainer with photographs, and without reading them.
+
+    {"workers", "pairs_per_second", "computing_only": the same batches, made beforehand}
+    """
+    per_step = settings.batch_size * settings.gradient_accumulation
+    path = Path(output) / "pairs.parquet"
+    write_pairs(path, END_TO_END * per_step)
+    pairs = Dataset.from_parquet(str(path), cache_dir=output)
+    pairs = chat.format_dataset(layouts.as_rows(pairs), settings.pixel_budget)
+    speeds = []
+    for ahead in (False, True):
+        trainer = training.make_trainer(
+            settings,
+            model,
+            processor,
+            pairs,
+            output,
+            shared_prefix=True,
+            max_steps=END_TO_END,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_num_workers=0 if ahead else workers,
+        )
+        ends = StepEnds()
+        trainer.add_callback(ends)
+        if ahead:
+            collate = trainer.data_collator
+            batches = []
+            for start in range(0, len(pairs), settings.batch_size):
+                rows = pairs.select(range(start, start + settings.batch_size))
+                batches.append(collate(list(rows)))
+            made = iter(batches)
+            trainer.data_collator = lambda rows, made=made: next(made)
+            trainer.train_dataset = list(range(len(pairs)))
+        trainer.train()
+        trainer.model.unload()
+        speeds.append((END_TO_END - 1) * per_step / (ends.times[-1] - ends.times[0]))
+    return {"workers": workers, "pairs_per_second": speeds[0], "computing_only": speeds[1]}
 
 
 def fastest_within(rows, limit):
@@ -221,34 +349,15 @@ def fastest_within(rows, limit):
     return max(fitting, key=lambda row: row["pairs_per_second"], default=None)
 
 
-def compare_trainers(rows):
-    """Compare `rows`, {"stock": [...], "ours": [...]}.
-
-    Returns {"equal_batch": {size: speed and memory ratio}, "limits": {GB: the row of each trainer's
-    fastest batch, and their speed ratio}}.
-    """
-    stock_rows = {row["batch_size"]: row for row in rows["stock"]}
-    ours_rows = {row["batch_size"]: row for row in rows["ours"]}
-    equal = {}
-    for size in sorted(stock_rows.keys() & ours_rows.keys()):
-        stock = stock_rows[size]
-        ours = ours_rows[size]
-        memory_ratio = None
-        if stock["allocated_gb"]:
-            memory_ratio = ours["allocated_gb"] / stock["allocated_gb"]
-        equal[size] = {
-            "speed_ratio": ours["pairs_per_second"] / stock["pairs_per_second"],
-            "memory_ratio": memory_ratio,
-        }
+def fastest_of_each(rows):
+    """Return {GB: {kind: the row of its fastest configuration}}."""
     limits = {}
     for limit in LIMITS:
-        stock = fastest_within(rows["stock"], limit)
-        ours = fastest_within(rows["ours"], limit)
-        speed_ratio = None
-        if stock and ours:
-            speed_ratio = ours["pairs_per_second"] / stock["pairs_per_second"]
-        limits[limit] = {"stock": stock, "ours": ours, "speed_ratio": speed_ratio}
-    return {"equal_batch": equal, "limits": limits}
+        limits[limit] = {}
+        for kind in KINDS:
+            of_kind = [row for row in rows if row["kind"] == kind]
+            limits[limit][kind] = fastest_within(of_kind, limit)
+    return limits
 
 
 def matrix_rate(size=8192, repeats=20):
@@ -267,44 +376,90 @@ def matrix_rate(size=8192, repeats=20):
     return 2 * size**3 * repeats / (time.perf_counter() - start)
 
 
-def report(gpu, profile, rate, rows, folder):
-    """Write and print what was measured, and return the comparison.
+def write_record(record, folder):
+    """Write what was measured so far to `folder`, with the fastest within each limit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record["limits"] = fastest_of_each(record["training"])
+    name = f"{record['gpu'].replace(' ', '-').replace('/', '-')}-{record['profile']}.json"
+    (folder / name).write_text(json.dumps(record, indent=1) + "\n")
 
-    `rate` is what `matrix_rate` returned.
-    """
-    for row in rows["stock"] + rows["ours"]:
-        row["share_of_rate"] = row["tflop_per_second"] * 1e12 / rate
-    comparison = compare_trainers(rows)
+
+def configuration_of(row):
+    """Return the configuration of a row in words."""
+    bits = 4 if row["four_bit"] else 16
+    checkpointing = "checkpointing" if row["checkpointing"] else "no checkpointing"
+    return f"{bits} bits, {checkpointing}"
+
+
+def print_training(rows):
+    """Print the rows of `sweep`."""
+    for row in rows:
+        print(
+            f"{row['kind']:12}{configuration_of(row):26}{row['batch_size']:3} pairs"
+            f"{row['seconds']:8.3f} s{row['pairs_per_second']:8.2f} pairs/s"
+            f"{row['allocated_gb']:7.1f} GB{row['reserved_gb']:7.1f} GB taken"
+            f"  loss {row['loss'] or 0:.4f}"
+        )
+
+
+def print_limits(limits):
+    """Print what `fastest_of_each` returned."""
+    for limit, best in limits.items():
+        for kind, row in best.items():
+            if row is None:
+                print(f"in {limit} GB {kind}: not even one pair")
+                continue
+            line = f"in {limit} GB {kind}: {row['batch_size']} pairs, {configuration_of(row)}"
+            print(f"{line}, {row['pairs_per_second']:.2f} pairs/s", flush=True)
+
+
+def measure_profile(profile, gpu, rate, options):
+    """Measure one profile and write its record after every part."""
+    settings = PROFILES[profile]
+    shape = PROFILE_SHAPES[profile]
     record = {
         "gpu": gpu,
         "profile": profile,
         "matrix_tflop_per_second": rate / 1e12,
         "versions": versions(*training.LIBRARIES),
-        **rows,
-        **comparison,
+        "training": [],
+        "answering": [],
+        "end_to_end": [],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{gpu.replace(' ', '-').replace('/', '-')}-{profile}.json"
-    (folder / name).write_text(json.dumps(record, indent=1) + "\n")
-
-    print(f"\n{profile} on {gpu}, a large matrix product runs at {rate / 1e12:.0f} TFLOP/s")
-    print(f"{'':10} pairs   s/step  pairs/s  tokens/s     GB  taken  of rate")
-    for kind in TRAINERS:
-        for row in rows[kind]:
-            print(
-                f"{kind:10}{row['batch_size']:6}{row['seconds']:9.3f}"
-                f"{row['pairs_per_second']:9.2f}{row['tokens_per_second']:10.0f}"
-                f"{row['allocated_gb']:7.1f}{row['reserved_gb']:7.1f}{row['share_of_rate']:9.0%}"
-            )
-    for limit, best in comparison["limits"].items():
-        sizes = []
-        for kind in TRAINERS:
-            size = best[kind]["batch_size"] if best[kind] else "no"
-            sizes.append(f"{kind} {size} pairs")
-        if best["speed_ratio"]:
-            sizes.append(f"{best['speed_ratio']:.2f} times as fast")
-        print(f"in {limit} GB: {', '.join(sizes)}", flush=True)
-    return comparison
+    print(f"\n{profile} on {gpu}: a large matrix product runs at {rate / 1e12:.0f} TFLOP/s")
+    with tempfile.TemporaryDirectory() as folder:
+        save_random(memory.architecture(settings.model), folder, models.compute_dtype())
+        for four_bit in (True, False):
+            chosen = replace(settings, model=folder, four_bit=four_bit)
+            model = models.load_model(chosen)
+            if four_bit == settings.four_bit:
+                record["answering"] = answering_rows(model, shape)
+            # Checkpointing last, because what it switches on stays on.
+            for checkpointing in (False, True):
+                chosen = replace(chosen, gradient_checkpointing=checkpointing)
+                for kind in KINDS:
+                    with tempfile.TemporaryDirectory() as output:
+                        rows = sweep(chosen, kind, model, shape, output, SIZES, options.seconds)
+                    forget_peak()
+                    record["training"] += rows
+                    write_record(record, options.output)
+                    print_training(rows)
+            if four_bit == settings.four_bit and options.processors:
+                files = str(options.processors / profile)
+                processor = models.load_processor(replace(settings, model=files))
+                for workers in (0, training.image_workers()):
+                    with tempfile.TemporaryDirectory() as output:
+                        row = end_to_end(
+                            replace(settings, model=folder), model, processor, output, workers
+                        )
+                    record["end_to_end"].append(row)
+                    print(row, flush=True)
+            del model
+            forget_peak()
+    write_record(record, options.output)
+    for row in record["answering"]:
+        print(row)
+    print_limits(record["limits"])
 
 
 def main():
@@ -314,24 +469,18 @@ def main():
     parser.add_argument(
         "--profiles", nargs="+", choices=PROFILE_SHAPES, default=list(PROFILE_SHAPES)
     )
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu")
+    parser.add_argument("--processors", type=Path, help="folder with a folder for each profile")
+    parser.add_argument("--seconds", type=float, default=60, help="at most, for each sweep")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(NO_GPU)
     logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each worker would warn
     gpu = torch.cuda.get_device_name()
     rate = matrix_rate()
-    results = {}
     for profile in options.profiles:
-        settings = PROFILES[profile]
-        shape = PROFILE_SHAPES[profile]
-        rows = {}
-        for kind in TRAINERS:
-            with tempfile.TemporaryDirectory() as output:
-                rows[kind] = sweep(settings, kind, random_model(settings), shape, output)
-            gc.collect()
-            torch.cuda.empty_cache()
-        results[profile] = report(gpu, profile, rate, rows, ROOT / "results" / "gpu")
-    print(json.dumps(results))
+        measure_profile(profile, gpu, rate, options)
 
 
 if __name__ == "__main__":

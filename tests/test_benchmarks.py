@@ -64,12 +64,12 @@ def test_the_fastest_batch_that_fits_is_found_by_what_was_reserved():
 
 
 def test_notebook_06_reads_what_gpu_writes(tmp_path, capsys):
-    """Rows as `sweep` returns them, through `report`, into the cell that compares estimates."""
+    """Rows as `sweep` returns them, as `write_record` writes them, into the cell that compares."""
     steps = gpu.Steps(None, gpu.PROFILE_SHAPES["smolvlm"], [2])
-    steps.counter = FlopCounterMode(display=False)
-    row = steps.row(2, 1.0)
-    rows = {"stock": [row], "ours": [dict(row)]}
-    gpu.report("Some GPU", "smolvlm", 1e12, rows, tmp_path / "results" / "gpu")
+    configuration = {"kind": "stock", "four_bit": True, "checkpointing": True}
+    rows = [configuration | steps.row(2, 1.0), configuration | {"kind": "ours"}]
+    record = {"gpu": "Some GPU", "profile": "smolvlm", "training": rows}
+    gpu.write_record(record, tmp_path / "results" / "gpu")
     notebook = nbformat.read(ROOT / "notebooks" / "06_fit_in_memory.ipynb", as_version=4)
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     (source,) = [source for source in sources if '"results" / "gpu"' in source]

@@ -140,28 +140,36 @@ def image_tokens(settings, side=None):
     return tokens
 
 
-def layer_bytes(text, rows, tokens, rank, compute_bytes):
+def layer_bytes(text, rows, tokens, rank, compute_bytes, casts=False):
     """Return what one layer of the language model keeps for the backward pass: {what: bytes}.
 
     The batch has `rows` sequences of `tokens` tokens. `text` is the model's text_config, `rank`
     the adapter's, and a number takes `compute_bytes`. After Korthikanti et al. 2022, section 4.1,
     changed for RMSNorm, a gated MLP, sdpa and frozen weights. sdpa keeps no attention matrix, but
     keys and values repeated for each head, because rows are padded. The input of a frozen matrix
-    is kept for the adapter beside it.
+    is kept for the adapter beside it. `casts`: whether each adapter keeps a copy of its own, which
+    it casts from float32, as PEFT's do beside matrices in 16 bits.
     """
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = text.num_attention_heads * head_size
     per_token = {
         "inputs of the norms, float32": 2 * 4 * (text.hidden_size + 1),
-        "normed inputs": 2 * compute_bytes * text.hidden_size,
-        "queries, keys, values, output": 4 * compute_bytes * text.num_attention_heads * head_size,
+        "queries, keys, values, output": 4 * compute_bytes * heads,
         "attention's sums and mask": 4 * text.num_attention_heads + compute_bytes * tokens,
-        "MLP: gate, activation, up, product": 4 * compute_bytes * text.intermediate_size,
+        "MLP: gate, activation, up": 3 * compute_bytes * text.intermediate_size,
         "between the adapter's two matrices": 7 * compute_bytes * rank,
     }
+    if casts:
+        inputs = 5 * text.hidden_size + heads + text.intermediate_size
+        per_token["inputs of seven adapters"] = compute_bytes * inputs
+    else:
+        # The normed inputs; the output of attention is there already.
+        inputs = 2 * text.hidden_size + text.intermediate_size
+        per_token["inputs of the adapters"] = compute_bytes * inputs
     return {what: rows * tokens * count for what, count in per_token.items()}
 
 
-def kept_bytes(text, rows, tokens, rank, compute_bytes, checkpointing):
+def kept_bytes(text, rows, tokens, rank, compute_bytes, checkpointing, casts=False):
     """Return the bytes that the forward pass keeps for the backward pass.
 
     Each layer keeps its `layer_bytes`, or with checkpointing only its input. The last norm and
@@ -172,20 +180,21 @@ def kept_bytes(text, rows, tokens, rank, compute_bytes, checkpointing):
     if checkpointing:
         layer = hidden_states
     else:
-        layer = sum(layer_bytes(text, rows, tokens, rank, compute_bytes).values())
+        layer = sum(layer_bytes(text, rows, tokens, rank, compute_bytes, casts).values())
     input_of_norm = 4 * rows * tokens * (text.hidden_size + 1)  # float32
     input_of_head = hidden_states
     return text.num_hidden_layers * layer + input_of_norm + input_of_head
 
 
-def estimate(settings, text_tokens=256, precision=None, side=None, gpu=True):
-    """Return the bytes at the peak of a step of TRL's trainer: {component: bytes}.
+def estimate(settings, text_tokens=256, precision=None, side=None, gpu=True, packed=False):
+    """Return the bytes at the peak of a step: {component: bytes}.
 
-    For the profile's adapter, batch and checkpointing. `text_tokens`: question, answer and
-    template of the longest row. `precision`: one of PRECISIONS, by default the profile's. `side`:
-    see `image_tokens`. Not counted are the CUDA context, the batch, and what single operations
-    need while they run. The trainer with a shared prefix needs less. Raise ValueError for an
-    unknown precision and for fewer than one text token.
+    For the profile's adapter, batch and checkpointing, and a vision tower without gradient.
+    `text_tokens`: question, answer and template of the longest row. `precision`: one of
+    PRECISIONS, by default the profile's. `side`: see `image_tokens`. `packed`: False for TRL's
+    trainer, True for the most that one with a shared prefix needs. Not counted are the CUDA
+    context, the batch, and the vision tower while it runs. On an H100 a step took up to 8% more
+    (results/gpu). Raise ValueError for an unknown precision and for fewer than one text token.
     """
     if precision is None:
         precision = "nf4" if settings.four_bit else "bf16"
@@ -210,18 +219,27 @@ def estimate(settings, text_tokens=256, precision=None, side=None, gpu=True):
 
     rows = 2 * settings.batch_size  # a pair is two rows: chosen and rejected
     tokens = image_tokens(settings, side) + text_tokens
+    if packed:  # a pair is one row, which holds the image once and both answers
+        rows = settings.batch_size
+        tokens += text_tokens
     text = architecture(settings.model).config.get_text_config()
     checkpointing = settings.gradient_checkpointing
+    casts = compute_bytes == 2 and precision != "nf4"
     batch = (text, rows, tokens, settings.lora_rank, compute_bytes)
-    components["activations"] = kept_bytes(*batch, checkpointing)
+    layer = sum(layer_bytes(*batch, casts).values())
+    components["activations"] = kept_bytes(*batch, checkpointing, casts)
     if checkpointing:
         # The backward pass computes one layer at a time again.
-        components["activations"] += sum(layer_bytes(*batch).values())
+        components["activations"] += layer
+    # Going back through a layer makes a gradient for most of what it kept.
+    components["backward"] = layer
 
     # On a GPU TRL scores only the answers, at most all text; on a CPU every position.
-    positions = rows * (text_tokens if gpu else tokens - 1)
+    scored = 2 * settings.batch_size * text_tokens
+    if not gpu and not packed:
+        scored = rows * (tokens - 1)
     tile_positions, tile_words = LOGIT_TILE
-    components["logits"] = min(positions, tile_positions) * tile_words * compute_bytes
+    components["logits"] = min(scored, tile_positions) * tile_words * compute_bytes
     return components
 
 

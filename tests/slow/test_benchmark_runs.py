@@ -1,15 +1,17 @@
 """The benchmarks run, small, and print what they promise."""
 
+import argparse
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks import format_dataset, generate, gpu, photographs, train_step
-from utils import memory
+from utils import memory, models
 from utils.settings import PROFILES
 from utils.shared_prefix import SharedPrefixDPOTrainer
 
@@ -120,35 +122,56 @@ def test_format_dataset_compares_the_recipes(monkeypatch, capsys):
     [(TINY_CONFIG, TINY), (TINY_QWEN_CONFIG, TINY_QWEN)],
     ids=["smolvlm", "qwen"],
 )
-@pytest.mark.parametrize("four_bit", [True, False])
-def test_gpu_sweeps_a_random_model_that_was_loaded_as_real_ones_are(
-    config, shape, four_bit, tmp_path, monkeypatch
+def test_gpu_measures_random_models_that_are_loaded_as_real_ones(
+    config, shape, tmp_path, monkeypatch
 ):
     with torch.device("meta"):
         model_config = AutoConfig.for_model(**config, image_token_id=199)
         bare = AutoModelForImageTextToText.from_config(model_config)
     monkeypatch.setattr(memory, "architecture", lambda name: bare)
     monkeypatch.setattr(gpu, "TIMED", 1)
+    monkeypatch.setattr(gpu, "SIZES", (1, 2))
     monkeypatch.setattr(gpu, "SHARD", 50_000)  # several shards
-    settings = dataclasses.replace(PROFILES["smolvlm"], four_bit=four_bit)
-    rows = {}
-    for kind in gpu.TRAINERS:
-        model = gpu.random_model(settings)
-        kinds = {type(module).__name__ for module in model.modules()}
-        assert ("Linear4bit" in kinds) == four_bit
+    monkeypatch.setitem(gpu.PROFILE_SHAPES, "smolvlm", shape)
+    load_model = models.load_model
+    loaded = []
+
+    def checked(settings):
+        model = load_model(settings)
         for name, weights in model.named_parameters():
             if weights.dim() > 1 and weights.is_floating_point():
                 # A weight that was not found in the checkpoint would have another spread.
                 assert 0.015 < weights.std() < 0.025, name
-        rows[kind] = gpu.sweep(settings, kind, model, shape, tmp_path, sizes=(1, 2), use_cpu=True)
-        assert [row["batch_size"] for row in rows[kind]] == [1, 2]
-    comparison = gpu.report("A GPU", "smolvlm", 1e12, rows, tmp_path / "results")
-    assert comparison["equal_batch"].keys() == {1, 2}
-    assert comparison["limits"][15]["ours"]["batch_size"] == 2
-    written = json.loads((tmp_path / "results" / "A-GPU-smolvlm.json").read_text())
-    for row in written["stock"] + written["ours"]:
-        assert row["tflop_per_second"] > 0
-        assert row["share_of_rate"] == pytest.approx(row["tflop_per_second"])
+        kinds = {type(module).__name__ for module in model.modules()}
+        assert ("Linear4bit" in kinds) == settings.four_bit
+        loaded.append(settings.four_bit)
+        return model
+
+    monkeypatch.setattr(models, "load_model", checked)
+    options = argparse.Namespace(output=tmp_path, seconds=600, processors=None)
+    gpu.measure_profile("smolvlm", "A GPU", 1e12, options)
+    assert loaded == [True, False]
+    written = json.loads((tmp_path / "A-GPU-smolvlm.json").read_text())
+    losses = {}
+    for row in written["training"]:
+        configuration = (row["four_bit"], row["batch_size"])
+        losses.setdefault(configuration, []).append(row["loss"])
+    assert len(losses) == 4
+    for compared in losses.values():
+        assert len(compared) == 2 * len(gpu.KINDS)  # with and without checkpointing
+        assert compared == pytest.approx([compared[0]] * len(compared), abs=1e-5)
+    assert len({round(compared[0], 4) for compared in losses.values()}) == 4
+    assert written["limits"]["15"]["ours"]["pairs_per_second"] > 0
+    sizes = [row["batch_size"] for row in written["answering"]]
+    assert sizes == list(gpu.ANSWERING)
+
+
+def test_gpu_trains_end_to_end_on_photographs(tmp_path):
+    settings = dataclasses.replace(PROFILES["embedded"], batch_size=8, gradient_accumulation=2)
+    model = models.load_model(settings)
+    processor = models.load_processor(settings)
+    row = gpu.end_to_end(settings, model, processor, tmp_path, workers=0)
+    assert row["pairs_per_second"] > 0 and row["computing_only"] > 0
 
 
 def test_gpu_keeps_what_it_measured_before_memory_ended(tmp_path, monkeypatch):
@@ -158,12 +181,11 @@ def test_gpu_keeps_what_it_measured_before_memory_ended(tmp_path, monkeypatch):
                 raise torch.OutOfMemoryError
             return super()._compute_loss(model, inputs, return_outputs)
 
-    monkeypatch.setitem(gpu.TRAINERS, "ours", Small)
+    monkeypatch.setitem(gpu.KINDS, "ours", (Small, nullcontext))
     model = train_step.random_frozen_model(TINY)
     settings = PROFILES["smolvlm"]
     rows = gpu.sweep(settings, "ours", model, TINY, tmp_path, sizes=(1, 2, 3), use_cpu=True)
     assert [row["batch_size"] for row in rows] == [1]
-    assert torch._C._len_torch_dispatch_stack() == 0, "a FLOP counter is still on"
 
 
 def test_photographs_go_through_the_whole_path(monkeypatch, capsys):
