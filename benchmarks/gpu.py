@@ -47,7 +47,7 @@ from benchmarks.train_step import (
     fixed_tower,
     synthetic_batches,
 )
-from utils import chat, layouts, memory, models, training, versions
+from utils import chat, layouts, memory, models, plan, training, versions
 from utils.settings import PROFILES, ROOT
 from utils.shared_prefix import SharedPrefixDPOTrainer
 
@@ -447,7 +447,7 @@ def measure_profile(profile, gpu, rate, options):
             if four_bit == settings.four_bit and options.processors:
                 files = str(options.processors / profile)
                 processor = models.load_processor(replace(settings, model=files))
-                for workers in (0, training.image_workers()):
+                for workers in (0, plan.image_workers()):
                     with tempfile.TemporaryDirectory() as output:
                         row = end_to_end(
                             replace(settings, model=folder), model, processor, output, workers

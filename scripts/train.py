@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from utils import chat, models, preferences, preflight, settings, training
+from utils import chat, models, plan, preferences, preflight, settings, training
 
 
 def parse(arguments=None):
@@ -44,6 +44,23 @@ def parse(arguments=None):
         default=True,
         help="check the run first, and train only if no check fails",
     )
+    planned = "default: what fits into the memory of the GPU, or as the profile says"
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="PAIRS",
+        help=f"pairs in a micro-batch; an optimizer step keeps its pairs; {planned}",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help=f"compute again instead of keeping in memory; {planned}",
+    )
+    parser.add_argument(
+        "--four-bit",
+        action=argparse.BooleanOptionalAction,
+        help=f"the language model's matrices in 4 bits, or in 16; {planned}",
+    )
     parser.add_argument(
         "--shared-prefix",
         action=argparse.BooleanOptionalAction,
@@ -53,10 +70,32 @@ def parse(arguments=None):
     return parser.parse_args(arguments)
 
 
-def load_pairs(profile, processor):
-    """Return the profile's training rows, formatted; print which rows were dropped and why."""
+def fixed_by_hand(profile, options):
+    """Return `profile` with what the command line fixes, which is no longer planned."""
+    given = {}
+    for name in ("batch_size", "gradient_checkpointing", "four_bit", "shared_prefix"):
+        if getattr(options, name) is not None:
+            given[name] = getattr(options, name)
+    if "batch_size" in given:
+        pairs = profile.batch_size * profile.gradient_accumulation
+        size = given["batch_size"]
+        if size < 1 or pairs % size:
+            raise ValueError(
+                f"--batch-size {size} does not divide the {pairs} pairs of an optimizer step"
+            )
+        given["gradient_accumulation"] = pairs // size
+    planned = tuple(name for name in profile.planned if name not in given)
+    return dataclasses.replace(profile, planned=planned, **given)
+
+
+def load_pairs(profile, processor, held_out=()):
+    """Return the profile's training rows, formatted; print which rows were dropped and why.
+
+    `held_out`: the names of the parts whose images must not be trained on.
+    """
     loaded = preferences.load_part(profile, "train")
-    sound, problems = preferences.without_problems(loaded, processor, profile.pixel_budget)
+    others = [preferences.load_part(profile, part) for part in held_out]
+    sound, problems = preferences.without_problems(loaded, processor, profile.pixel_budget, others)
     if problems:
         count = len(loaded) - len(sound)
         found = preferences.as_text(problems)
@@ -101,18 +140,22 @@ def main(arguments=None):
                 train_split="train",
                 train_rows=None,
             )
+        profile = fixed_by_hand(profile, options)
         processor = models.load_processor(profile)
-        pairs = load_pairs(profile, processor)
+        # Data of the user's own may have no such parts.
+        held_out = () if options.dataset else ("validation", "test")
+        pairs = load_pairs(profile, processor, held_out)
     except (OSError, ValueError) as error:  # say what is wrong and what helps, without a traceback
         raise SystemExit(str(error)) from None
     output = options.output or settings.run_folder(profile)
+    profile, chosen = plan.for_training(profile, plan.longest_text(pairs, processor))
+    print(chosen, flush=True)
     trainer = training.make_trainer(
         profile,
         models.load_model(profile),
         processor,
         pairs,
         output,
-        shared_prefix=options.shared_prefix,
         max_steps=options.max_steps,
     )
     if options.preflight:

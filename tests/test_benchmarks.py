@@ -9,6 +9,7 @@ import json
 import random
 import sys
 import time
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -63,29 +64,30 @@ def test_the_fastest_batch_that_fits_is_found_by_what_was_reserved():
     assert gpu.fastest_within(rows, 8) is None
 
 
-def test_notebook_06_reads_what_gpu_writes(tmp_path, capsys):
+def test_notebook_06_reads_what_gpu_writes(tmp_path):
     """Rows as `sweep` returns them, as `write_record` writes them, into the cell that compares."""
-    steps = gpu.Steps(None, gpu.PROFILE_SHAPES["smolvlm"], [2])
+    steps = gpu.Steps(None, gpu.PROFILE_SHAPES["smolvlm"], [16])
     configuration = {"kind": "stock", "four_bit": True, "checkpointing": True}
-    rows = [configuration | steps.row(2, 1.0), configuration | {"kind": "ours"}]
+    measured = {"allocated_gb": 20.0, "reserved_gb": 21.0}
+    rows = [configuration | steps.row(16, 1.0) | measured]
     record = {"gpu": "Some GPU", "profile": "smolvlm", "training": rows}
     gpu.write_record(record, tmp_path / "results" / "gpu")
     notebook = nbformat.read(ROOT / "notebooks" / "06_fit_in_memory.ipynb", as_version=4)
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    (source,) = [source for source in sources if '"results" / "gpu"' in source]
-    capsys.readouterr()
+    (source,) = [source for source in sources if 'root / "results" / "gpu"' in source]
+    shown = []
     names = {
         "root": tmp_path,
         "json": json,
         "dataclasses": dataclasses,
         "memory": memory,
         "PROFILES": PROFILES,
-        "readable": memory.readable,
+        "display": SimpleNamespace(table=lambda rows, caption: shown.extend(rows)),
     }
     exec(source, names)
-    printed = capsys.readouterr().out
-    assert "Some-GPU-smolvlm.json" in printed and "2 pairs" in printed
-    assert "measured 0.0 GB" in printed
+    (row,) = shown
+    assert row["profile"] == "smolvlm" and row["trainer"] == "TRL"
+    assert row["measured"] == "20.0 GB"
 
 
 def test_generated_images_are_like_photographs():

@@ -100,7 +100,7 @@ def test_other_images_and_a_tenth_of_the_pairs_are_held_out(tmp_path):
     lines = [line(number, NAMES[min(number // 2, 5)]) for number in range(100)]
     run(write(tmp_path / "source", *lines), tmp_path / "out")
     train, test = parts(tmp_path / "out")
-    assert preferences.check(train, held_out=test) == {}
+    assert preferences.check(train, held_out=[test]) == {}
     assert len(test) == 10
     assert len(train) == 90
 
@@ -242,4 +242,4 @@ def test_drawn_scenes_are_imported_from_parquet(tmp_path):
     run("embedded/dataset", tmp_path / "out", "--limit", "30", "--split", "test")
     train, test = parts(tmp_path / "out")
     assert (len(train), len(test)) == (27, 3)
-    assert preferences.check(train, held_out=test).keys() <= set(preferences.WARNINGS)
+    assert preferences.check(train, held_out=[test]).keys() <= set(preferences.WARNINGS)

@@ -110,6 +110,13 @@ def test_no_row_left_is_an_error():
         preferences.without_problems(pairs((RED, "What?", "", "No.")))
 
 
+def test_pairs_about_held_out_images_are_dropped_and_reported():
+    rows = pairs(GOOD, (BLUE, "What?", "Blue.", "Green."))
+    held_out = [pairs((RED, "x", "y", "z"))]
+    kept, problems = preferences.without_problems(rows, held_out=held_out)
+    assert len(kept) == 1 and problems == {"image also held out": [0]}
+
+
 def test_check_decodes_equal_images_once(monkeypatch):
     decoded = []
     read = preferences.read_image
@@ -126,7 +133,7 @@ def test_check_decodes_equal_images_once(monkeypatch):
 
 def test_check_finds_images_that_are_also_held_out():
     rows = pairs(GOOD, (BLUE, "a", "b", "c"))
-    assert preferences.check(rows, pairs((BLUE, "x", "y", "z"))) == {"image also held out": [1]}
+    assert preferences.check(rows, [pairs((BLUE, "x", "y", "z"))]) == {"image also held out": [1]}
 
 
 def test_the_second_of_several_images_is_looked_at_too():
@@ -134,7 +141,7 @@ def test_the_second_of_several_images_is_looked_at_too():
     assert preferences.check(rows) == {"unreadable image": [0]}
     held_out = pairs((BLUE, "a", "b", "c"))
     rows = trl_rows(pair([RED["bytes"], BLUE["bytes"]], [text("user", None, None, "?")], "a", "b"))
-    assert preferences.check(rows, held_out) == {"image also held out": [0]}
+    assert preferences.check(rows, [held_out]) == {"image also held out": [0]}
 
 
 def trl_rows(*rows):
@@ -313,7 +320,7 @@ def test_a_missing_or_damaged_embedded_file_is_named(copy_of_embedded):
 def test_the_embedded_data_set_is_clean_and_balanced():
     train = preferences.load("embedded/dataset", "train")
     test = preferences.load("embedded/dataset", "test")
-    assert preferences.check(train, test).keys() <= set(preferences.WARNINGS)
+    assert preferences.check(train, [test]).keys() <= set(preferences.WARNINGS)
     assert preferences.check(test).keys() <= set(preferences.WARNINGS)
     facts = preferences.describe(train)
     assert abs(facts["words chosen"] - facts["words rejected"]) < 0.1

@@ -4,6 +4,7 @@ Mistakes that need a trainer of their own are in slow/test_preflight_mistakes.py
 """
 
 import dataclasses
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -243,12 +244,17 @@ def test_a_gpu_that_only_emulates_bfloat16_is_noticed(trainer, monkeypatch):
 def test_an_old_package_is_named_with_what_is_needed(monkeypatch):
     assert preflight.check_versions()["result"] == "ok"
 
-    def installed(*names):
-        return dict.fromkeys(names, "99") | {"peft": "0.1", "trl": "1.16"}
+    def installed(name):
+        if name == "trl":
+            raise PackageNotFoundError(name)
+        return "0.1" if name == "peft" else "99"
 
-    monkeypatch.setattr(preflight, "versions", installed)
+    monkeypatch.setattr(preflight, "version", installed)
     row = preflight.check_versions()
-    assert row["result"] == "failed" and row["found"].split(", ") == ["peft>=0.20", "here 0.1"]
+    assert row["result"] == "failed"
+    peft, trl = sorted(row["found"].split("; "))
+    assert trl.startswith("trl>=") and trl.endswith("is missing")
+    assert peft.split(", ") == ["peft>=0.20", "here 0.1"]
 
 
 def test_the_text_puts_advice_below_what_is_not_ok():

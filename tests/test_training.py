@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 from trl import DPOConfig, DPOTrainer
 
 from scripts import train
-from utils import chat, layouts, models, training
+from utils import chat, layouts, models, plan, training
 from utils.settings import PROFILES
 
 SETTINGS = PROFILES["embedded"]
@@ -86,7 +86,7 @@ def test_a_gpu_does_not_wait_for_images(gpu, cores, processes, workers, monkeypa
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert training.image_workers() == workers
+    assert plan.image_workers() == workers
 
 
 @pytest.mark.parametrize(
@@ -196,6 +196,17 @@ def test_the_repacking_that_is_switched_off_does_stop_gradients():
     assert gradient() is None, (
         "bitsandbytes no longer loses the gradient: keep_gradients_flowing may go"
     )
+
+
+def test_what_the_command_line_fixes_is_not_planned():
+    smolvlm = PROFILES["smolvlm"]
+    options = train.parse(["--batch-size", "2", "--no-four-bit"])
+    fixed = train.fixed_by_hand(smolvlm, options)
+    assert (fixed.batch_size, fixed.gradient_accumulation, fixed.four_bit) == (2, 8, False)
+    assert fixed.planned == ("gradient_checkpointing", "generation_batch_size")
+    assert train.fixed_by_hand(smolvlm, train.parse([])) == smolvlm
+    with pytest.raises(ValueError, match="--batch-size 3 does not divide the 16 pairs"):
+        train.fixed_by_hand(smolvlm, train.parse(["--batch-size", "3"]))
 
 
 def test_the_command_line_lists_the_profiles():

@@ -18,6 +18,7 @@ from utils.preferences import refuse_special_tokens, special_tokens
 from utils.progress import progress
 
 ANSWERS = ("chosen", "rejected")
+IMAGE_CHARACTERS = 1000  # an image makes a row longer by about so many: 250 tokens of four
 
 
 def prompt_messages(question):
@@ -466,6 +467,21 @@ def within_budget(dataset, processor, token_budget):
             "token_budget, or use other rows"
         )
     return (dataset.select(kept) if dropped else dataset), dropped
+
+
+def stored_texts(rows):
+    """Return the messages of formatted rows as a `Dataset`. No image is read."""
+    return rows.with_transform(stored_batch).select_columns(list(MESSAGES))
+
+
+def longest_first(texts):
+    """Return the numbers of the rows of `stored_texts`, about the longest first."""
+    sizes = []
+    for row in texts:
+        answer = max(len(text_of(row["chosen"])), len(text_of(row["rejected"])))
+        images = IMAGE_CHARACTERS * places_of(row["prompt"])
+        sizes.append(len(text_of(row["prompt"])) + images + answer)
+    return sorted(range(len(sizes)), key=lambda number: sizes[number], reverse=True)
 
 
 def pixel_budget_of(dataset):

@@ -243,6 +243,37 @@ def estimate(settings, text_tokens=256, precision=None, side=None, gpu=True, pac
     return components
 
 
+def answer_bytes(settings, text_tokens):
+    """Return the bytes that one of several answers takes on a GPU while it is generated.
+
+    `text_tokens`: of the question and its template. The longest answer is assumed, and the vision
+    tower or the language model at work on the prompt, whichever takes more. There a layer holds
+    three vectors as wide as its widest matrix.
+    """
+    model = architecture(settings.model)
+    text = model.config.get_text_config()
+    tokens, pixels = seen(model.config, settings.pixel_budget)
+    tokens += text_tokens
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    keys_and_values = 2 * text.num_hidden_layers * heads * head_size
+    patch = model.config.vision_config.patch_size
+    patches = pixels // (patch**2 if isinstance(patch, int) else math.prod(patch))
+    widest = {"vision": 0, "connector": 0}
+    for name, module in model.named_modules():
+        part = part_of(name)
+        if part in widest and isinstance(module, torch.nn.Linear):
+            widest[part] = max(widest[part], module.out_features)
+    # Idefics2's connector works on patches, the others' on the tokens that they become.
+    connector_rows = patches if model.config.model_type == "idefics2" else tokens
+    at_work = max(
+        widest["vision"] * patches,
+        widest["connector"] * connector_rows,
+        text.intermediate_size * tokens,
+    )
+    return 2 * (keys_and_values * (tokens + settings.max_new_tokens) + 3 * at_work)
+
+
 def held(tensors):
     """Return the bytes of the memory behind `tensors`. Memory that several share counts once."""
     sizes = {}

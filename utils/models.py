@@ -1,5 +1,6 @@
 """Load the processor and the model, with or without an adapter, and tell what trains in it."""
 
+import json
 import os
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -147,7 +148,7 @@ def load_tuned(settings, adapter):
             else:
                 advice = "train the adapter with notebook 03 or python -m scripts.train"
             raise FileNotFoundError(f"{adapter / name} is missing: {advice}")
-    model = load_model(settings)
+    model = load_model(as_trained(settings, adapter))
     try:
         with warnings.catch_warnings():
             # PEFT would only warn, and go on with a new adapter in the missing places.
@@ -162,13 +163,26 @@ def load_tuned(settings, adapter):
         ) from error
 
 
+def as_trained(settings, adapter):
+    """Return `settings` in 4 or 16 bits, whichever a plan chose for the run that saved `adapter`.
+
+    training.json beside the adapter says it. Without that file the settings stay.
+    """
+    record = adapter.parent / "training.json"
+    if "four_bit" not in settings.planned or not record.exists():
+        return settings
+    trained = json.loads(record.read_text())["settings"]
+    return replace(settings, four_bit=trained["four_bit"])
+
+
 def load_merged(settings, adapter):
     """Load an ordinary model in 16 or 32 bits, with the saved adapter added to its weights.
 
     `save_pretrained` writes it as a checkpoint. Merging into 4-bit weights instead would round
     the sum to 4 bits again. Raise the errors of `load_tuned`.
     """
-    return load_tuned(replace(settings, four_bit=False), adapter).merge_and_unload()
+    wide = replace(settings, four_bit=False, planned=())
+    return load_tuned(wide, adapter).merge_and_unload()
 
 
 @contextmanager

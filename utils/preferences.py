@@ -354,7 +354,7 @@ def image_header(data):
         return image.format, image.mode, image.size
 
 
-def check(dataset, held_out=None, processor=None, pixel_budget=None):
+def check(dataset, held_out=(), processor=None, pixel_budget=None):
     """Return what is wrong with `dataset`: {problem: [row numbers]}, empty if nothing is.
 
     The problems are
@@ -363,7 +363,7 @@ def check(dataset, held_out=None, processor=None, pixel_budget=None):
     - "empty prompt", "empty chosen", "empty rejected" and "chosen equals rejected";
     - "duplicate pair", and "preferred both ways" for the same two answers the other way round;
     - "missing image", "unreadable image" and "image too large";
-    - "image also held out", when its bytes also occur in `held_out`;
+    - "image also held out", when its bytes also occur in one of the data sets `held_out`;
     - with the model's `processor`, "special token in <column>", and "image refused by the model's
       processor", held to `pixel_budget`;
     - "no rows", without numbers.
@@ -376,8 +376,8 @@ def check(dataset, held_out=None, processor=None, pixel_budget=None):
     if len(dataset) == 0:
         return {"no rows": []}
     elsewhere = set()
-    if held_out is not None:
-        for files in image_bytes(held_out):
+    for part in held_out:
+        for files in image_bytes(part):
             elsewhere.update(digest(data) for data in files if data)
     problems = defaultdict(list)
     start = time.perf_counter()
@@ -490,12 +490,13 @@ def is_refused(image, processor):
     return False
 
 
-def without_problems(dataset, processor=None, pixel_budget=None):
+def without_problems(dataset, processor=None, pixel_budget=None, held_out=()):
     """Return (`dataset` without the rows that have a problem, what `check` reports).
 
-    Rows with no more than a warning stay. Raises ValueError when no row is left.
+    Rows with no more than a warning stay. For the arguments see `check`. Raises ValueError when no
+    row is left.
     """
-    problems = check(dataset, processor=processor, pixel_budget=pixel_budget)
+    problems = check(dataset, held_out, processor, pixel_budget)
     dropped = set()
     for problem, rows in problems.items():
         if problem not in WARNINGS:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -21,7 +22,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from utils import chat, memory, versions
-from utils.layouts import MESSAGES, stored_batch, text_of
 from utils.models import trainable_by_part
 from utils.settings import ROOT
 from utils.shared_prefix import balanced_order
@@ -33,7 +33,6 @@ FAILED = "failed"
 LOWEST_RATE = 5e-6  # below it, an adapter hardly moves in a run of the usual length
 HIGHEST_RATE = 1e-3  # above it, an adapter is ruined
 ROWS = 8  # at least this many rows are looked at
-IMAGE_CHARACTERS = 1000  # an image makes a row longer by about so many: 250 tokens of four
 
 
 def check(trainer, parts=("language",)):
@@ -110,16 +109,21 @@ def check_versions():
         # Colab brings its own notebook, so a missing JupyterLab is fine.
         if not line.startswith(("#", "jupyterlab")):
             needed.append(Requirement(line))
-    installed = versions(*[need.name for need in needed])
     unsuitable = []
     for need in needed:
-        if not need.specifier.contains(installed[need.name], prereleases=True):
-            unsuitable.append(f"{need}, here {installed[need.name]}")
+        try:
+            installed = version(need.name)
+        except PackageNotFoundError:
+            unsuitable.append(f"{need} is missing")
+            continue
+        if not need.specifier.contains(installed, prereleases=True):
+            unsuitable.append(f"{need}, here {installed}")
     if unsuitable:
         advice = "install requirements.txt, then restart Python"
         return finding("versions", FAILED, "; ".join(unsuitable), advice)
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-    return finding("versions", OK, ", ".join(f"{name} {installed[name]}" for name in names))
+    found = versions(*names)
+    return finding("versions", OK, ", ".join(f"{name} {found[name]}" for name in names))
 
 
 def check_device(trainer):
@@ -395,12 +399,7 @@ def longest_rows(trainer):
         raise ValueError("the rows have no column images: use chat.format_dataset")
     if not hasattr(dataset, "__len__"):
         return list(itertools.islice(iter(dataset), count))
-    sizes = []
-    for row in stored_texts(trainer):
-        answer = max(len(text_of(row["chosen"])), len(text_of(row["rejected"])))
-        images = IMAGE_CHARACTERS * chat.places_of(row["prompt"])
-        sizes.append(len(text_of(row["prompt"])) + images + answer)
-    numbers = sorted(range(len(sizes)), key=lambda number: sizes[number], reverse=True)
+    numbers = chat.longest_first(stored_texts(trainer))
     return [dataset[number] for number in numbers[:count]]
 
 
@@ -409,7 +408,7 @@ def stored_texts(trainer):
     rows = trainer.train_dataset
     if hasattr(rows, "datasets"):
         rows = rows.datasets[0]  # a reference cache stacks its log-probabilities beside them
-    return rows.with_transform(stored_batch).select_columns(list(MESSAGES))
+    return chat.stored_texts(rows)
 
 
 def without_reference(row):
@@ -587,7 +586,9 @@ def check_memory(settings, trainer, text_tokens):
         gradient_checkpointing=args.gradient_checkpointing,
     )
     try:
-        components = memory.estimate(as_trained, text_tokens, gpu=args.device.type == "cuda")
+        packed = getattr(trainer, "packs", False)
+        on_gpu = args.device.type == "cuda"
+        components = memory.estimate(as_trained, text_tokens, gpu=on_gpu, packed=packed)
     except ValueError as error:
         found = f"{memory.readable(free)} free; {error}"
         return finding("memory", WARNING, found, "watch the first steps")

@@ -61,6 +61,9 @@ class Settings:
     token_budget: int = 2048  # longer rows are dropped before training, and reported
     max_new_tokens: int = 256
     generation_batch_size: int = 8
+    # What utils/plan.py may change to fit the memory of the GPU: batch_size (and with it
+    # gradient_accumulation), gradient_checkpointing, four_bit, generation_batch_size.
+    planned: tuple = ()
     seed: int = 0
 
 
@@ -79,7 +82,8 @@ _REAL = {
     "beta": 0.1,
     # For an adapter. At TRL's default of 1e-6, meant for full fine-tuning, it hardly learns.
     "learning_rate": 5e-5,
-    # By memory.estimate, this leaves 1.5 GB or more at the token budget.
+    "planned": ("batch_size", "gradient_checkpointing", "four_bit", "generation_batch_size"),
+    # Without a plan. By memory.estimate, this leaves 1.5 GB or more at the token budget.
     "batch_size": 4,
     "gradient_accumulation": 4,  # 16 pairs per optimizer step
 }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from utils import checkpoints, versions
+from utils import checkpoints, plan, versions
 from utils.models import compute_dtype
 from utils.progress import watched
 from utils.shared_prefix import SharedPrefixDPOTrainer
@@ -55,23 +54,10 @@ def share_of_batch(settings, processes):
     return micro_batch, pairs_per_process // micro_batch
 
 
-def image_workers():
-    """Return how many processes prepare the batches of images.
-
-    A GPU would wait for them, so with one it is this process's share of the CPU cores, at most
-    four. On a CPU they would only take the cores from the training.
-    """
-    if not torch.cuda.is_available():
-        return 0
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # `accelerate launch` sets it
-    return min(4, max(1, (os.cpu_count() or 1) // processes))
-
-
 def dpo_config(settings, output, **changes):
     """Return the profile's `DPOConfig`; `changes` are arguments that replace the profile's."""
     dtype = compute_dtype()
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # `accelerate launch` sets it
-    micro_batch, accumulation = share_of_batch(settings, processes)
+    micro_batch, accumulation = share_of_batch(settings, plan.processes())
     arguments = {
         "output_dir": str(output),
         "beta": settings.beta,
@@ -88,7 +74,7 @@ def dpo_config(settings, output, **changes):
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": not torch.cuda.is_available(),
-        "dataloader_num_workers": image_workers(),
+        "dataloader_num_workers": plan.image_workers(),
         # Set explicitly: transformers would hide the bar because this package quiets its log.
         "disable_tqdm": not watched(),
         "logging_steps": settings.logging_steps,

@@ -33,7 +33,7 @@ def test_peft_counts_the_same_adapter_in_a_real_model(profile, target):
 
 
 def one_step(settings, processor, output, shared_prefix=False):
-    """A trainer, by default TRL's, for one step on a batch, and how many tokens of text its rows have.
+    """A trainer for one step, by default TRL's, and how many tokens of text its rows have.
 
     Its image features carry no gradient, as the estimate assumes.
     """
