@@ -110,13 +110,20 @@ def cache_key(trainer):
         # "default" is the policy's adapter; a reference model of its own has none.
         if trainer.ref_model is not None or "default" not in name.split("."):
             parts.append(f"{name} {tensor.dtype} {tensor_digest(tensor)}")
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.processing_class.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*.*")):
-            parts.append(f"{path.name} {hashlib.sha256(lasting_bytes(path)).hexdigest()}")
+    parts += processor_parts(trainer.processing_class)
     parts.append(trainer.train_dataset._fingerprint)
     parts += [args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def processor_parts(processor):
+    """Return the names and digests of the files that `processor` saves."""
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*.*")):
+            parts.append(f"{path.name} {hashlib.sha256(lasting_bytes(path)).hexdigest()}")
+    return parts
 
 
 def lasting_bytes(path):

@@ -207,7 +207,7 @@ class SharedPrefixDPOTrainer(DPOTrainer):
             warnings.warn(f"{TWO_ROWS}: {reason}", stacklevel=2)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        with images_encoded_once(self.model):
+        with images_encoded_once(self.model, inputs.get("image_features")):
             if "ref_chosen_logps" not in inputs:
                 chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
                 inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

@@ -6,6 +6,7 @@ from functools import wraps
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from utils.families import PACKED_FAMILIES
 
@@ -43,10 +44,11 @@ def vision_is_fixed(backbone):
 
 
 @contextmanager
-def encoding_once(backbone):
+def encoding_once(backbone, known=None):
     """Make `backbone` encode the same pixels once and without gradient within this context.
 
-    Policy and reference share the features.
+    Policy and reference share the features. `known` are features that were computed before
+    (utils/image_features.py); then no pixel is encoded.
     """
     encode = backbone.get_image_features
     last_pixels = None
@@ -56,6 +58,8 @@ def encoding_once(backbone):
     @torch.no_grad()
     def encode_once(pixel_values, *arguments, **options):
         nonlocal last_pixels, features
+        if known is not None:
+            return BaseModelOutputWithPooling(pooler_output=known)
         if last_pixels is None or not torch.equal(last_pixels, pixel_values):
             features = encode(pixel_values, *arguments, **options)
             last_pixels = pixel_values
@@ -68,12 +72,13 @@ def encoding_once(backbone):
         del backbone.get_image_features
 
 
-def images_encoded_once(model):
+def images_encoded_once(model, known=None):
     """Return a context in which `model` encodes the same images once, if nothing changes them.
 
-    Otherwise, and in families in which that was not compared, it does nothing.
+    Otherwise, and in families in which that was not compared, it does nothing. For `known` see
+    `encoding_once`.
     """
     backbone = backbone_of(model)
     if model.config.model_type in ENCODED_ONCE and vision_is_fixed(backbone):
-        return encoding_once(backbone)
+        return encoding_once(backbone, known)
     return nullcontext()
