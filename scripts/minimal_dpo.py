@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import Image, List, load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, set_seed
 from trl import DPOConfig, DPOTrainer
@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="HuggingFaceTB/SmolVLM-Instruct")
 parser.add_argument("--data", default="openbmb/RLAIF-V-Dataset", help="hub name, folder or file")
 parser.add_argument("--split", default="train")
-parser.add_argument("--pairs", type=int, default=4000, help="so many, drawn at random")
+parser.add_argument("--pairs", type=int, default=4000, help="so many of the split, at random")
 parser.add_argument("--output", default="adapter")
 parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to try it out")
 options = parser.parse_args()
@@ -66,6 +66,10 @@ if kind in ("json", "jsonl", "parquet"):
 else:
     pairs = load_dataset(options.data, split=options.split)
 pairs = pairs.shuffle(seed=0).select(range(min(options.pairs, len(pairs))))
+# An image may be stored in the data or be a path, seen from the folder where this command runs.
+for column, kind in (("image", Image()), ("images", List(Image()))):
+    if column in pairs.column_names:
+        pairs = pairs.cast_column(column, kind)
 
 
 def message(role, text, images=0):
@@ -95,6 +99,7 @@ arguments = DPOConfig(
     learning_rate=5e-5,  # for an adapter; TRL's default of 1e-6 is for training all weights
     lr_scheduler_type="cosine",
     warmup_steps=10,
+    num_train_epochs=1,  # each pair once; the library's default is 3
     per_device_train_batch_size=1,  # pairs that memory has to hold at a time
     gradient_accumulation_steps=16,  # of these, one optimizer step
     gradient_checkpointing=on_gpu,  # saves memory, costs time

@@ -1,6 +1,7 @@
 """The script that readers take home, run on a CPU as it stands."""
 
 import ast
+import json
 import math
 import runpy
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from peft import PeftModel
+from PIL import Image as PillowImage
+from trl import DPOConfig
 
 from utils import models
 from utils.settings import PROFILES, ROOT, locate
@@ -50,6 +53,34 @@ def test_it_imports_nothing_of_this_repository():
             imported.add(node.module.split(".")[0])
     assert "trl" in imported
     assert not [name for name in imported if (ROOT / name).exists()]
+
+
+def test_each_pair_is_seen_once(trained):
+    names, _ = trained
+    assert names["arguments"].num_train_epochs == 1
+    assert DPOConfig("out", use_cpu=True, bf16=False).num_train_epochs == 3
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_may_be_paths(column, tmp_path, monkeypatch):
+    lines = []
+    for number, color in enumerate(("red", "green", "blue")):
+        PillowImage.new("RGB", (40, 40), color).save(tmp_path / f"{number}.png")
+        row = {"chosen": "A cup.", "rejected": "A dog."}
+        if column == "image":
+            row |= {"image": f"{number}.png", "question": "What is it?"}
+        else:
+            content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+            row |= {"images": [f"{number}.png"], "prompt": [{"role": "user", "content": content}]}
+            for side in ("chosen", "rejected"):
+                said = [{"type": "text", "text": row[side]}]
+                row[side] = [{"role": "assistant", "content": said}]
+        lines.append(json.dumps(row))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    names = run(monkeypatch, tmp_path, tmp_path / "pairs.jsonl", max_steps=1)
+    colors = {row["images"][0].getpixel((0, 0)) for row in names["pairs"]}
+    assert len(colors) == 3
+    assert names["trainer"].state.global_step == 1
 
 
 def test_the_first_loss_is_ln_2(trained):
